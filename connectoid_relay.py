@@ -29,6 +29,7 @@ __all__ = [
 import argparse
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import fcntl
 import functools
@@ -51,11 +52,11 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, fields
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 try:
     from cryptography.hazmat.primitives import hpke
@@ -81,7 +82,6 @@ MAX_RECEIVE_MESSAGES = 100  # messages in one reply
 MAX_RECEIVE_CHARS = 512 * 1024  # of `data` in one reply: what a phone takes at once
 MAX_WAIT_S = 60  # of a long poll: shorter than the time-outs of most proxies
 MAX_AT_US = 2**63 - 1  # what SQLite can compare
-MAX_LENGTH_DIGITS = 9  # of a Content-Length: no machine has trouble with these
 
 ANSWER_BYTES = 32  # of randomness in an answer: 256 bits
 SOURCE_SHARE = 8  # one source holds at most 1/8 of a box: a crowd is needed to fill it
@@ -214,9 +214,6 @@ def _refuse_constant(name: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-# 49 bytes that begin with 2 or 3, in 66 characters whose last 4 bits are zero.
-_PUB = re.compile(r"A[g-z0-9_-][A-Za-z0-9_-]{63}[AQgw]")
-_BASE64URL = re.compile(r"[A-Za-z0-9_-]{2,}")
 
 
 def parse_json(body: bytes) -> object:
@@ -235,60 +232,62 @@ def encode_base64url(octets: bytes) -> str:
     return base64.urlsafe_b64encode(octets).rstrip(b"=").decode("ascii")
 
 
-def read_pub(request: Mapping[str, Any]) -> bytes:
+# 49 bytes that begin with 2 or 3, in 66 characters whose last 4 bits are zero.
+_PUB = re.compile(r"A[g-z0-9_-][A-Za-z0-9_-]{63}[AQgw]")
+_DATA = re.compile(r"(?:[A-Za-z0-9_-]{4})*[A-Za-z0-9_-]{2,4}")
+_ID = re.compile(r"[A-Za-z0-9_-]{1,16}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0  # a boolean is an int to Python, 1.0 is not
+
+
+# The form of each member, and how to say it to people.
+FORMS: Mapping[str, tuple[Callable[[Any], object], str]] = {
+    "pub": (lambda pub: isinstance(pub, str) and _PUB.fullmatch(pub),
+            "a compressed P-384 point in 66 characters of base64url"),
+    "ext": (lambda ext: ext is None or (_is_text(ext) and len(ext) <= MAX_EXT_CHARS),
+            f"null or a string of at most {MAX_EXT_CHARS} characters"),
+    "data": (lambda sealed: isinstance(sealed, str) and _DATA.fullmatch(sealed),
+             "base64url without padding, at least 2 characters"),
+    "answer": (_is_text, "a string"),
+    "at": (_is_count, "an integer, at least 0"),
+    "wait": (_is_count, "an integer, at least 0"),
+    "limit": (lambda limit: type(limit) is int and 1 <= limit <= MAX_RECEIVE_MESSAGES,
+              f"an integer from 1 to {MAX_RECEIVE_MESSAGES}"),
+    "id": (lambda name: isinstance(name, str) and _ID.fullmatch(name), "1 to 16 of A-Z a-z 0-9 - _"),
+}
+
+
+def read(request: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """Return a member of a request, or the default; raise Refusal (Bad request) for a wrong form."""
+    value = request.get(name, default)
+    fits, form = FORMS[name]
+    if not fits(value):
+        raise Refusal(BAD_REQUEST, f"{name} must be {form}.")
+    return value
+
+
+def read_box(request: Mapping[str, Any]) -> bytes:
     """Return the 49 bytes of `pub`: of the right form, not yet known to be on the curve."""
-    pub = request.get("pub")
-    if not isinstance(pub, str) or not _PUB.fullmatch(pub):
-        raise Refusal(BAD_REQUEST, "pub must be a compressed P-384 point, 66 characters base64url.")
-    return base64.urlsafe_b64decode(pub + "==")
+    return base64.urlsafe_b64decode(read(request, "pub") + "==")
 
 
-def read_ext(request: Mapping[str, Any]) -> str | None:
-    """Return `ext`, a text of at most 1,024 code points, or None."""
-    ext = request.get("ext")
-    if ext is not None and not (isinstance(ext, str) and len(ext) <= MAX_EXT_CHARS and _is_text(ext)):
-        raise Refusal(BAD_REQUEST, f"ext must be null or a string of at most {MAX_EXT_CHARS} characters.")
-    return ext
-
-
-def read_integer(request: Mapping[str, Any], name: str, default: int, minimum: int = 0) -> int:
-    """Return an integer member, or its default when absent; booleans and 1.0 are none."""
-    number = request.get(name, default)
-    if type(number) is not int or number < minimum:
-        raise Refusal(BAD_REQUEST, f"{name} must be an integer, at least {minimum}.")
-    return number
-
-
-def read_limit(request: Mapping[str, Any]) -> int:
-    """Return `limit`, 1 to 100."""
-    limit = read_integer(request, "limit", 1, minimum=1)
-    if limit > MAX_RECEIVE_MESSAGES:
-        raise Refusal(BAD_REQUEST, f"limit must be at most {MAX_RECEIVE_MESSAGES}.")
-    return limit
+def read_at(request: Mapping[str, Any]) -> int:
+    """Return `at` in microseconds, no more than SQLite can compare."""
+    return min(int(read(request, "at", 0)), MAX_AT_US)
 
 
 def read_data(request: Mapping[str, Any]) -> str:
-    """Return `data` as it was sent: 2 to 32,768 characters of base64url, not 1 modulo 4."""
+    """Return `data` as it was sent; raise Refusal, which is Too big for what is too long."""
     sealed = request.get("data")
-    if not isinstance(sealed, str):
-        raise Refusal(BAD_REQUEST, "data must be a string.")
-    if len(sealed) > MAX_DATA_CHARS:
+    if isinstance(sealed, str) and len(sealed) > MAX_DATA_CHARS:
         raise Refusal(TOO_BIG, f"data must be at most {MAX_DATA_CHARS} characters.")
-    if not _BASE64URL.fullmatch(sealed) or len(sealed) % 4 == 1:
-        raise Refusal(BAD_REQUEST, "data must be base64url without padding.")
-    return sealed
-
-
-def read_answer(request: Mapping[str, Any]) -> str:
-    """Return `answer`, any text: whether it is right is another question."""
-    answer = request.get("answer")
-    if not isinstance(answer, str) or not _is_text(answer):
-        raise Refusal(BAD_REQUEST, "answer must be a string.")
-    return answer
-
-
-def _is_text(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text)
+    return str(read(request, "data"))
 
 
 def source_of(address: str) -> str:
@@ -411,6 +410,7 @@ class Store(Protocol):
 
 APPLICATION_ID = 0x436F6E6E  # "Conn" in the file's header: another program's file is left alone
 SCHEMA_VERSION = 1
+PAGE_BYTES = 4_096  # of SQLite, by default
 SCHEMA = (
     """CREATE TABLE relay (id INTEGER PRIMARY KEY CHECK (id = 1), time_us INTEGER NOT NULL,
        last_at INTEGER NOT NULL, bytes INTEGER NOT NULL, boxes INTEGER NOT NULL) STRICT""",
@@ -468,15 +468,12 @@ SWEEP_BOXES = """DELETE FROM boxes WHERE box IN (SELECT box FROM boxes
     WHERE expires_us <= ?1 ORDER BY expires_us LIMIT ?2)"""
 READ_RELAY = "SELECT time_us, last_at, bytes, boxes FROM relay"
 WRITE_RELAY = "UPDATE relay SET time_us = ?, last_at = ?, bytes = ?, boxes = ?"
-TABLES = "SELECT count(*) FROM sqlite_schema"
 
 COMMIT_BATCH = 32  # writes in one transaction: 1 MiB of messages, a few milliseconds
 SWEEP_ROWS = 128  # rows of a table deleted in one transaction: a few milliseconds
 RESERVE_BYTES = 8 << 20  # kept back on the disk: room for questions and sweeps when it is full
 CHECKPOINT_EVERY_US = 5 * SECOND_US  # after a deletion, until it is gone from the WAL as well
 BUSY_TIMEOUT_S = 1.0  # for a reader that is in the way of a checkpoint
-LOCK_TIMEOUT_S = 5.0  # for another process that holds the file
-LOCK_RETRY_S = 0.002
 
 # What an error of SQLite means to whoever runs the relay.
 _MEANINGS = {
@@ -503,60 +500,24 @@ class _Transaction:
         self.time_us = max(self.time_us, now_us)
         return self.time_us
 
-    def next_at(self, now_us: int) -> int:
-        self.last_at = max(self.raise_time(now_us), self.last_at + 1)
-        return self.last_at
 
+class _Ticket(concurrent.futures.Future[Any]):
+    """A write that waits for its commit."""
 
-_Job: TypeAlias = Callable[[_Transaction], Any]
+    def __init__(self, job: Callable[[_Transaction], Any], durable: bool) -> None:
+        super().__init__()
+        self.job, self.durable = job, durable
 
-
-class _Ticket:
-    """A write that waits for its commit, and what came of it: an error until it is committed."""
-
-    __slots__ = ("done", "durable", "error", "job", "outcome", "refused")
-
-    def __init__(self, job: _Job, durable: bool) -> None:
-        self.job, self.durable, self.outcome, self.done = job, durable, None, False
-        self.error: StoreError | None = StoreError("not committed")
-        self.refused: NoRoom | None = None
-
-    def run(self, transaction: _Transaction) -> None:
+    def run(self, transaction: _Transaction) -> Any:
         try:
-            self.outcome = self.job(transaction)
-        except NoRoom as error:  # raised before anything was written
-            self.refused = error
-
-
-class _BoxContent(NamedTuple):
-    """What a send must know of a box: BOX_CONTENT."""
-
-    messages: int
-    bytes: int
-    first_expires_us: int
-    source_messages: int
-    source_bytes: int
-    source_first_expires_us: int
-    proven: int
+            return self.job(transaction)
+        except NoRoom as error:  # raised before anything was written: the others may go on
+            return error
 
 
 def counted_bytes(size: int) -> int:
     """Return how much a message of this size counts against the relay's bytes."""
     return max(size, MIN_COUNTED_BYTES)
-
-
-def _check_room(content: _BoxContent, size: int, relay_bytes: int, limits: Limits) -> None:
-    """Raise NoRoom if a message of this size would go over a limit."""
-    share_messages = max(1, limits.max_box_messages // SOURCE_SHARE)
-    share_bytes = limits.max_box_bytes // SOURCE_SHARE
-    if content.source_messages >= share_messages or (
-            content.source_messages and content.source_bytes + size > share_bytes):
-        raise NoRoom("source", content.source_first_expires_us)
-    if content.messages >= limits.max_box_messages or content.bytes + size > limits.max_box_bytes:
-        raise NoRoom("box", content.first_expires_us)
-    # Strangers may fill two thirds; the last one is for boxes whose owner has shown up.
-    if relay_bytes + counted_bytes(size) > limits.max_bytes * (3 if content.proven else 2) // 3:
-        raise NoRoom("relay")
 
 
 class SqliteStore:
@@ -570,17 +531,16 @@ class SqliteStore:
     """
 
     def __init__(self, path: str = "connectoid.db", *, sync: str = "full") -> None:
-        self._path = path
-        self._in_memory = path == ":memory:"
+        self._path, self._in_memory = path, path == ":memory:"
         self._durable = {"full": "PRAGMA synchronous = FULL", "normal": "PRAGMA synchronous = NORMAL"}[sync]
-        self._lock = threading.Lock()  # held while writing; the file's lock is for other processes
+        self._lock = threading.Lock()  # one writer at a time; the file's lock is for other processes
         self._queue: collections.deque[_Ticket] = collections.deque()
         self._connections: list[sqlite3.Connection] = []
         self._readers: list[sqlite3.Connection] = []  # those that are idle
         self._deleted_us: int | None = None  # since when a deletion waits for its checkpoint
         self._lock_file = -1 if self._in_memory else self._create_files()
         try:
-            with self._exclusive():
+            with self._lock, self._exclusive():
                 self._db = self._connect()
                 self._prepare()
                 self._reserve_bytes = self._choose_reserve()
@@ -596,13 +556,12 @@ class SqliteStore:
         try:
             if not os.path.exists(self._path):
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-            return os.open(self._path + "-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return os.open(self._path + "-lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise StoreError(f"{self._path}: {error.strerror}; choose another file with --db") from None
 
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None,
-                             check_same_thread=False)
+        db = sqlite3.connect(self._path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         self._connections.append(db)
         db.execute("PRAGMA secure_delete = ON")
         db.execute("PRAGMA wal_autocheckpoint = 0")
@@ -610,15 +569,12 @@ class SqliteStore:
 
     def _prepare(self) -> None:
         """Make the schema in an empty file; refuse one that is not ours before touching it."""
-        (owner,) = self._db.execute("PRAGMA application_id").fetchone()
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        (tables,) = self._db.execute(TABLES).fetchone()
+        (owner,), (version,), (tables,) = (self._db.execute(sql).fetchone() for sql in (
+            "PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_schema"))
         if (owner, version, tables) == (0, 0, 0):
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("BEGIN IMMEDIATE")
-            for statement in SCHEMA:
-                self._db.execute(statement)
-            self._db.execute("COMMIT")
+            for sql in ("BEGIN IMMEDIATE", *SCHEMA, "COMMIT"):
+                self._db.execute(sql)
         elif owner != APPLICATION_ID:
             raise StoreError(f"{self._path} belongs to another program; choose another file with --db")
         elif version != SCHEMA_VERSION:
@@ -630,7 +586,7 @@ class SqliteStore:
 
     def close(self) -> None:
         """Move everything from the WAL into the file and let go of both."""
-        with contextlib.suppress(StoreError), self._exclusive():
+        with contextlib.suppress(StoreError), self._lock, self._exclusive():
             self._checkpoint()
             for db in reversed(self._connections):  # the last one checkpoints by itself
                 db.close()
@@ -654,101 +610,82 @@ class SqliteStore:
             code = getattr(error, "sqlite_errorcode", 0)  # Python's own errors have none
             if code in _FULL_CODES:
                 raise StoreFull(f"{self._path}: the disk is full ({error})") from error
-            meaning = _MEANINGS.get(code & 0xFF, "cannot be used")
-            raise StoreError(f"{self._path} {meaning} ({error})") from error
+            raise StoreError(f"{self._path} {_MEANINGS.get(code & 0xFF, 'cannot be used')} ({error})") from error
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Keep all other writers and checkpoints out, those of other processes too."""
-        with self._lock, self._file_lock(), self._translated():
-            yield
-
-    @contextlib.contextmanager
-    def _file_lock(self) -> Iterator[None]:
-        deadline_s = time.monotonic() + LOCK_TIMEOUT_S
-        while not self._try_file_lock():
-            if time.monotonic() > deadline_s:
-                raise StoreError(f"{self._path} is held by another process")
-            time.sleep(LOCK_RETRY_S)
+        """Keep out the writers and checkpoints of other processes; they hold it for milliseconds."""
+        self._flock(fcntl.LOCK_EX)
         try:
-            yield
+            with self._translated():
+                yield
         finally:
-            if self._lock_file >= 0:
-                fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+            self._flock(fcntl.LOCK_UN)
 
-    def _try_file_lock(self) -> bool:
+    def _flock(self, operation: int) -> None:
         if self._lock_file >= 0:
-            try:
-                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-        return True
+            fcntl.flock(self._lock_file, operation)
 
-    def _write(self, job: _Job, *, durable: bool = False) -> Any:
-        """Run the job in a transaction and return its outcome once that is committed.
+    def _write(self, job: Callable[[_Transaction], Any], *, durable: bool = False) -> Any:
+        """Return the outcome of a job once it is committed; raise StoreError.
 
-        What the owners need (everything but a durable send) may use up the reserve.
+        What is not a durable send belongs to the owners and may use up the reserve.
         """
-        ticket = self._submit(_Ticket(job, durable))
-        if isinstance(ticket.error, StoreFull):
+        try:
+            return self._submit(_Ticket(job, durable))
+        except StoreFull:
             self._open_reserve()
-            if not durable:
-                ticket = self._submit(_Ticket(job, durable))
-        if ticket.error:
-            raise ticket.error
-        return ticket.outcome
+            if durable:
+                raise
+            return self._submit(_Ticket(job, durable))
 
-    def _submit(self, ticket: _Ticket) -> _Ticket:
-        """Return the ticket when it is done: whoever gets the lock commits for all who wait."""
+    def _submit(self, ticket: _Ticket) -> Any:
+        """Whoever gets the lock commits for all who wait for it: one sync for many sends."""
         self._queue.append(ticket)
-        while not ticket.done:
+        while not ticket.done():
             with self._lock:
-                if not ticket.done:
+                if not ticket.done():
                     self._commit([self._queue.popleft() for _ in range(min(COMMIT_BATCH, len(self._queue)))])
-        return ticket
+                    self._shorten_wal()
+        return ticket.result()
 
     def _commit(self, batch: Sequence[_Ticket]) -> None:
+        outcomes: list[Any] = [StoreError("not committed")] * len(batch)
         try:
-            with self._file_lock(), self._translated():
-                try:
-                    self._run(batch)
-                finally:
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-            for ticket in batch:
-                ticket.error = ticket.refused
-            self._shorten_wal()
+            outcomes = self._run(batch)
         except StoreError as error:
-            for ticket in batch:
-                ticket.error = ticket.refused or error
+            outcomes = [error] * len(batch)
         finally:
-            for ticket in batch:
-                ticket.done = True
+            for ticket, outcome in zip(batch, outcomes, strict=True):
+                if isinstance(outcome, StoreError):
+                    ticket.set_exception(outcome)
+                else:
+                    ticket.set_result(outcome)
 
-    def _run(self, batch: Sequence[_Ticket]) -> None:
+    def _run(self, batch: Sequence[_Ticket]) -> list[Any]:
         """Run a batch in one transaction; one that has changed nothing is rolled back."""
         durable = any(ticket.durable for ticket in batch)
-        self._db.execute(self._durable if durable else "PRAGMA synchronous = NORMAL")
-        self._db.execute("BEGIN IMMEDIATE")
-        changes = self._db.total_changes
-        transaction = _Transaction(self._db, *self._db.execute(READ_RELAY).fetchone())
-        for ticket in batch:
-            ticket.run(transaction)
-        if self._db.total_changes == changes:
-            return
-        self._db.execute(WRITE_RELAY, (transaction.time_us, transaction.last_at,
-                                       transaction.bytes, transaction.boxes))
-        self._db.execute("COMMIT")
+        with self._exclusive():
+            self._db.execute(self._durable if durable else "PRAGMA synchronous = NORMAL")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                changes = self._db.total_changes
+                transaction = _Transaction(self._db, *self._db.execute(READ_RELAY).fetchone())
+                outcomes = [ticket.run(transaction) for ticket in batch]
+                if self._db.total_changes != changes:
+                    self._db.execute(WRITE_RELAY, astuple(transaction)[1:])
+                    self._db.execute("COMMIT")
+                return outcomes
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
 
     def _read(self, sql: str, *values: Any) -> list[Any]:
         with self._translated():
             if self._in_memory:  # a second connection would see another memory
                 with self._lock:
                     return self._db.execute(sql, values).fetchall()
-            try:
-                db = self._readers.pop()
-            except IndexError:
-                db = self._connect()
+            db = self._readers.pop() if self._readers else self._connect()
             try:
                 return db.execute(sql, values).fetchall()
             finally:
@@ -763,10 +700,25 @@ class SqliteStore:
 
     def put(self, message: Message, limits: Limits, now_us: int) -> int:
         """Keep a message durably and return its `at`; raise NoRoom or StoreFull."""
+        box, sealed, source, ttl_us = message
+
+        def job(transaction: _Transaction) -> int:
+            time_us = max(transaction.time_us, now_us)
+            *content, proven = transaction.db.execute(BOX_CONTENT, (box, time_us, source)).fetchone()
+            _check_box(content, len(sealed), limits)
+            # Strangers may fill two thirds; the last one is for boxes whose owner has shown up.
+            room = limits.max_bytes * (3 if proven else 2) // 3
+            if transaction.bytes + counted_bytes(len(sealed)) > room:
+                raise NoRoom("relay")
+            at = max(transaction.raise_time(now_us), transaction.last_at + 1)
+            transaction.last_at = at
+            transaction.bytes += counted_bytes(len(sealed))
+            transaction.db.execute(ADD_MESSAGE, (at, box, at + ttl_us, source, len(sealed), sealed))
+            return at
+
         if self._disk_full:  # what is left belongs to the owners
             raise StoreFull(f"{self._path}: the disk is full")
-        at: int = self._write(functools.partial(_put, message, limits, now_us), durable=True)
-        return at
+        return int(self._write(job, durable=True))
 
     def look(self, box: bytes, at_us: int, now_us: int) -> Look:
         """Return whether the box has news, and until when its row lives."""
@@ -784,13 +736,19 @@ class SqliteStore:
 
     def question(self, box: bytes, made_after_us: int, now_us: int) -> str | None:
         """Return the newest question if it was made after the given time."""
-        rows = self._read(QUESTION, box, now_us, made_after_us)
-        return rows[0][0] if rows else None
+        return next((question for (question,) in self._read(QUESTION, box, now_us, made_after_us)), None)
 
     def put_question(self, box: bytes, question: tuple[str, bytes], ttl_us: int, now_us: int) -> str:
         """Keep a question unless another is still young; return the one to hand out."""
-        kept: str = self._write(functools.partial(_put_question, box, question, ttl_us, now_us))
-        return kept
+        def job(transaction: _Transaction) -> str:
+            time_us = transaction.raise_time(now_us)
+            young = transaction.db.execute(QUESTION, (box, time_us, time_us - ttl_us // 2)).fetchone()
+            if young:  # another check was faster
+                return str(young[0])
+            transaction.db.execute(ADD_QUESTION, (box, time_us, *question, time_us + ttl_us))
+            return question[0]
+
+        return str(self._write(job))
 
     def answers(self, box: bytes, now_us: int) -> list[bytes]:
         """Return the hashes of the answers that are good now."""
@@ -798,37 +756,54 @@ class SqliteStore:
 
     def keep_boxes(self, expiries_us: Mapping[bytes, int], now_us: int, room_for: int = 0) -> None:
         """Raise the expiry of box rows; make missing ones while there are fewer than room_for."""
-        self._write(functools.partial(_keep_boxes, expiries_us, now_us, room_for))
+        def job(transaction: _Transaction) -> None:
+            transaction.raise_time(now_us)
+            for box, expires_us in expiries_us.items():
+                kept = transaction.db.execute(KEEP_BOX, (box, expires_us)).rowcount
+                if not kept and transaction.boxes < room_for:
+                    transaction.boxes += transaction.db.execute(ADD_BOX, (box, expires_us)).rowcount
+
+        self._write(job)
 
     def sweep(self, now_us: int) -> bool:
         """Delete some of what has expired, have it gone from the WAL in time, mend a full disk."""
+        def job(transaction: _Transaction) -> bool:
+            span = (transaction.raise_time(now_us), SWEEP_ROWS)
+            sizes = transaction.db.execute(SWEEP_MESSAGES, span).fetchall()
+            transaction.bytes -= sum(counted_bytes(size) for (size,) in sizes)
+            challenges = transaction.db.execute(SWEEP_CHALLENGES, span).rowcount
+            boxes = transaction.db.execute(SWEEP_BOXES, span).rowcount
+            transaction.boxes -= boxes
+            return max(len(sizes), challenges, boxes) == SWEEP_ROWS
+
         more = False
-        if self._read(EXPIRED, now_us)[0][0]:
-            more = self._write(functools.partial(_delete_expired, now_us))
+        if self._read(EXPIRED, now_us) == [(1,)]:
+            more = self._write(job)
             self._deleted_us = now_us if self._deleted_us is None else self._deleted_us
-        overdue = self._deleted_us is not None and now_us - self._deleted_us >= CHECKPOINT_EVERY_US
-        if overdue or self._disk_full:
+        if self._disk_full or (self._deleted_us is not None and now_us - self._deleted_us >= CHECKPOINT_EVERY_US):
             self._empty_wal()
         return more
 
     def probe(self, now_us: int) -> None:
         """Write the time for real and read it back; raise StoreError if that fails."""
+        def job(transaction: _Transaction) -> None:
+            transaction.db.execute("UPDATE relay SET time_us = ?", (transaction.raise_time(now_us),))
+
         if self._disk_full:
             raise StoreFull(f"{self._path}: the disk is full")
-        self._write(functools.partial(_write_time, now_us), durable=True)
+        self._write(job, durable=True)
         self._read(READ_RELAY)
 
     # The WAL, and room on the disk
 
     def _checkpoint(self) -> bool:
         """Move the WAL into the file and empty it; return False while a reader needs it."""
-        busy: int = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-        return not busy
+        return bool(self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0)
 
     def _empty_wal(self) -> None:
         """Have deletions gone from the WAL; when the disk is full, see whether it still is."""
         try:
-            with self._exclusive():
+            with self._lock, self._exclusive():
                 if self._checkpoint():
                     self._deleted_us = None
                     self._disk_full = not self._make_reserve()
@@ -838,87 +813,49 @@ class SqliteStore:
     def _shorten_wal(self) -> None:
         """Keep the WAL so short that the reserve has room for all that is in it."""
         with contextlib.suppress(OSError, StoreError):  # the next commit tries again
-            if os.stat(self._path + "-wal").st_size > self._reserve_bytes // 2:
-                with self._file_lock(), self._translated():
+            if not self._in_memory and os.stat(self._path + "-wal").st_size > self._reserve_bytes // 2:
+                with self._exclusive():
                     self._checkpoint()
 
     def _choose_reserve(self) -> int:
         """Return how much of the disk to keep back, and keep the file within its size limit."""
         if self._in_memory:
             return 0
-        directory = os.statvfs(os.path.dirname(self._path) or ".")
-        room = directory.f_bavail * directory.f_frsize
-        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if limit != resource.RLIM_INFINITY:
+        disk, (limit, _) = os.statvfs(self._path), resource.getrlimit(resource.RLIMIT_FSIZE)
+        room = disk.f_bavail * disk.f_frsize
+        if limit != resource.RLIM_INFINITY:  # what is in the WAL must fit the file as well
+            self._db.execute(f"PRAGMA max_page_count = {limit // PAGE_BYTES}")
             room = min(room, limit)
-            # The WAL could not be emptied into a file that may not grow.
-            self._db.execute(f"PRAGMA max_page_count = {limit // 4096}")
         return min(RESERVE_BYTES, room // 4)
 
     def _make_reserve(self) -> bool:
         """Take room that nobody else can use; return False if there is none."""
-        if self._in_memory:
-            return True
-        path = Path(self._path + "-reserve")
+        reserve = Path(self._path + "-reserve")
         try:
-            if not path.exists() or path.stat().st_size < self._reserve_bytes:
-                path.write_bytes(bytes(self._reserve_bytes))
+            if self._reserve_bytes and not (reserve.exists() and reserve.stat().st_size == self._reserve_bytes):
+                reserve.write_bytes(bytes(self._reserve_bytes))
         except OSError:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            reserve.unlink(missing_ok=True)
             return False
         return True
 
     def _open_reserve(self) -> None:
         """Give the reserve to the owners: sends are refused from now on until it is back."""
-        with contextlib.suppress(StoreError, OSError), self._exclusive():
+        with contextlib.suppress(StoreError, OSError), self._lock, self._exclusive():
             self._disk_full = True
             Path(self._path + "-reserve").unlink(missing_ok=True)
             self._checkpoint()
 
 
-def _put(message: Message, limits: Limits, now_us: int, transaction: _Transaction) -> int:
-    box, sealed, source, ttl_us = message
-    content = _BoxContent(*transaction.db.execute(
-        BOX_CONTENT, (box, max(transaction.time_us, now_us), source)).fetchone())
-    _check_room(content, len(sealed), transaction.bytes, limits)
-    at = transaction.next_at(now_us)
-    transaction.bytes += counted_bytes(len(sealed))
-    transaction.db.execute(ADD_MESSAGE, (at, box, at + ttl_us, source, len(sealed), sealed))
-    return at
-
-
-def _put_question(box: bytes, question: tuple[str, bytes], ttl_us: int, now_us: int,
-                  transaction: _Transaction) -> str:
-    now_us = transaction.raise_time(now_us)
-    young = transaction.db.execute(QUESTION, (box, now_us, now_us - ttl_us // 2)).fetchone()
-    if young:  # another check was faster
-        return str(young[0])
-    transaction.db.execute(ADD_QUESTION, (box, now_us, *question, now_us + ttl_us))
-    return question[0]
-
-
-def _keep_boxes(expiries_us: Mapping[bytes, int], now_us: int, room_for: int,
-                transaction: _Transaction) -> None:
-    transaction.raise_time(now_us)
-    for box, expires_us in expiries_us.items():
-        kept = transaction.db.execute(KEEP_BOX, (box, expires_us)).rowcount
-        if not kept and transaction.boxes < room_for:
-            transaction.boxes += transaction.db.execute(ADD_BOX, (box, expires_us)).rowcount
-
-
-def _delete_expired(now_us: int, transaction: _Transaction) -> bool:
-    span = (transaction.raise_time(now_us), SWEEP_ROWS)
-    sizes = transaction.db.execute(SWEEP_MESSAGES, span).fetchall()
-    transaction.bytes -= sum(counted_bytes(size) for (size,) in sizes)
-    challenges = transaction.db.execute(SWEEP_CHALLENGES, span).rowcount
-    boxes = transaction.db.execute(SWEEP_BOXES, span).rowcount
-    transaction.boxes -= boxes
-    return max(len(sizes), challenges, boxes) == SWEEP_ROWS
-
-
-def _write_time(now_us: int, transaction: _Transaction) -> None:
-    transaction.db.execute("UPDATE relay SET time_us = ?", (transaction.raise_time(now_us),))
+def _check_box(content: Sequence[int], size: int, limits: Limits) -> None:
+    """Raise NoRoom if a box with this content (BOX_CONTENT) has none for a message of this size."""
+    messages, total, until_us, own_messages, own_total, own_until_us = content
+    share_messages = max(1, limits.max_box_messages // SOURCE_SHARE)
+    share_bytes = limits.max_box_bytes // SOURCE_SHARE
+    if own_messages >= share_messages or (own_messages and own_total + size > share_bytes):
+        raise NoRoom("source", own_until_us)
+    if messages >= limits.max_box_messages or total + size > limits.max_box_bytes:
+        raise NoRoom("box", until_us)
 
 
 # ---------------------------------------------------------------------------------------
@@ -984,13 +921,6 @@ class Wait(NamedTuple):
 Outcome: TypeAlias = "Reply | Wait | Callable[[], Outcome]"
 
 
-class _Check(NamedTuple):
-    box: bytes
-    at_us: int
-    wait_s: int
-    source: str
-
-
 def _nothing() -> Reply:
     return Reply(200, {"ok": True, "found": False})
 
@@ -1019,8 +949,7 @@ class Relay:
         self._source_key = random_bytes(32)  # never written: no address can be guessed from the file
         self._seen_us: dict[bytes, int] = {}  # boxes with a check today, not yet written
         self._swept_us = self.now_us()
-        self._probed_us = 0
-        self._probe_reply = Reply(200, {"ok": True})
+        self._probed_us, self._ill = 0, ""  # what /health has to say, asked seldom
 
     def now_us(self) -> int:
         """Return the relay's own time: it never runs backwards, whatever the wall clock does."""
@@ -1088,8 +1017,8 @@ class Relay:
         action = request.get("action")
         if not isinstance(action, str) or action not in operations:
             raise Refusal(BAD_REQUEST, f"action must be one of {', '.join(operations)}.")
-        box = read_pub(request)
-        read_ext(request)  # API keys will be looked up here
+        box = read_box(request)
+        read(request, "ext")  # API keys will be looked up here
         return operations[action](self, request, box, source)
 
     def _admit(self, source: str) -> None:
@@ -1113,17 +1042,14 @@ class Relay:
     # check
 
     def _check(self, request: Mapping[str, Any], box: bytes, source: str) -> Outcome:
-        at_us = min(read_integer(request, "at", 0), MAX_AT_US)
-        wait_s = min(read_integer(request, "wait", 0), MAX_WAIT_S)
-        return self._look(_Check(box, at_us, wait_s, source))
+        at_us, wait_s = read_at(request), min(int(read(request, "wait", 0)), MAX_WAIT_S)
+        return self._look(box, at_us, wait_s, source)
 
-    def _look(self, check: _Check) -> Outcome:
-        if self._found(check.box, check.at_us):
-            return functools.partial(self._ask, check.box, check.source)
-        if check.wait_s:
-            again = functools.partial(self._look, check)
-            return Wait(frozenset((check.box,)), check.wait_s, _nothing(), again)
-        return _nothing()
+    def _look(self, box: bytes, at_us: int, wait_s: int, source: str) -> Outcome:
+        if self._found(box, at_us):
+            return functools.partial(self._ask, box, source)
+        again = functools.partial(self._look, box, at_us, wait_s, source)
+        return Wait(frozenset((box,)), wait_s, _nothing(), again) if wait_s else _nothing()
 
     def _found(self, box: bytes, at_us: int) -> bool:
         """Return whether there is news, and remember that the box was checked today."""
@@ -1160,14 +1086,13 @@ class Relay:
             raise Refusal(TOO_OFTEN)
         if not isinstance(request, dict) or request.get("action") != "check":
             raise Refusal(BAD_REQUEST)
-        return self._found(read_pub(request), min(read_integer(request, "at", 0), MAX_AT_US))
+        return self._found(read_box(request), read_at(request))
 
     # receive
 
     def _receive(self, request: Mapping[str, Any], box: bytes, _source: str) -> Outcome:
-        answer = read_answer(request)
-        at_us = min(read_integer(request, "at", 0), MAX_AT_US)
-        return functools.partial(self._deliver, box, answer, at_us, read_limit(request))
+        answer, limit = str(read(request, "answer")), int(read(request, "limit", 1))
+        return functools.partial(self._deliver, box, answer, read_at(request), limit)
 
     def _deliver(self, box: bytes, answer: str, at_us: int, limit: int) -> Reply:
         now_us = self.now_us()
@@ -1246,23 +1171,19 @@ class Relay:
         return more
 
     def health(self) -> Reply:
-        """Return 200 while a write and a read of the store work and the sweeper lives."""
+        """Return 200 while a write and a read of the store work and the sweeper lives; may block."""
         now_us = self.now_us()
-        if now_us - self._swept_us > SWEEPER_LATE_US:
-            return Refusal(BUSY, "The sweeper has stopped.", retry_s=5).reply()
         if now_us - self._probed_us >= PROBE_EVERY_US:
             self._probed_us = now_us
-            outcome = self.run(self._probe)
-            self._probe_reply = outcome if isinstance(outcome, Reply) else self._probe_reply
-        return self._probe_reply
-
-    def _probe(self) -> Reply:
-        try:
-            self.store.probe(self.now_us())
-        except StoreError as error:
-            self._complain(str(error))
-            raise Refusal(BUSY, "The store cannot be read or written.", retry_s=5) from None
-        return Reply(200, {"ok": True})
+            try:
+                self.store.probe(now_us)
+                self._ill = ""
+            except StoreError as error:
+                self._complain(str(error))
+                self._ill = "The store cannot be read or written."
+        late = now_us - self._swept_us > SWEEPER_LATE_US
+        ill = "The sweeper has stopped." if late else self._ill
+        return Refusal(BUSY, ill, retry_s=5).reply() if ill else Reply(200, {"ok": True})
 
     def document(self) -> dict[str, Any]:
         """Return what apps and people may know of this relay. PROTOCOL.md, "GET /"."""
@@ -1299,10 +1220,11 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD = re.compile(rb"(" + _TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
 _HEAD = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n((?:" + _FIELD.pattern + rb")*)\r\n")
 _HOPELESS = re.compile(rb"\x00|(?<!\r)\n|\r(?!\n|\Z)")  # TLS, for one, has a NUL at once
-_REASONS = {status: HTTPStatus(status).phrase.encode("ascii") for status in (200, *(error.status for error in ERRORS))}
+_LENGTH = re.compile(rb"[0-9]{1,9}")
 _AUTHORITY = re.compile(r"https?://[^/?]*", re.IGNORECASE)
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 CLOSE = b"Connection: close\r\n"
+JSON = b"Content-Type: application/json\r\n"
 CORS = b"Access-Control-Allow-Origin: *\r\n"
 PREFLIGHT = (b"HTTP/1.1 204 No Content\r\n" + CORS + b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
              b"Access-Control-Allow-Headers: Content-Type\r\nAccess-Control-Max-Age: 86400\r\n")
@@ -1336,16 +1258,15 @@ class Head(NamedTuple):
 
 def take_head(incoming: bytearray, limit: int) -> Head | None:
     """Remove a request's head from what came in; None if it is not complete. Raises Refusal."""
-    end = incoming.find(b"\r\n\r\n") + 4
-    if end > limit or (end < 4 and len(incoming) > limit):
+    head, end, _ = incoming.partition(b"\r\n\r\n")
+    if len(head) + len(end) > limit:
         raise Refusal(HEADERS_TOO_BIG, f"More than {limit} bytes of headers.")
-    if end < 4:
+    if not end:
         if _HOPELESS.search(incoming):
             raise Refusal(BAD_REQUEST, "This is not HTTP/1.1.")
         return None
-    head = parse_head(bytes(incoming[:end]))
-    del incoming[:end]
-    return head
+    del incoming[:len(head) + len(end)]
+    return parse_head(bytes(head + end))
 
 
 def parse_head(octets: bytes) -> Head:
@@ -1359,8 +1280,8 @@ def parse_head(octets: bytes) -> Head:
     if b"transfer-encoding" in header:
         raise Refusal(BAD_REQUEST, "Send a Content-Length; Transfer-Encoding is not taken.")
     lengths = [value for name, value in headers if name == b"content-length"] or [b"0"]
-    if len(lengths) > 1 or len(lengths[0]) > MAX_LENGTH_DIGITS or not lengths[0].isdigit():
-        raise Refusal(BAD_REQUEST, f"Send one Content-Length of 1 to {MAX_LENGTH_DIGITS} digits.")
+    if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
+        raise Refusal(BAD_REQUEST, "Send one Content-Length of 1 to 9 digits.")
     return Head(
         method=method.decode("ascii"),
         path=_AUTHORITY.sub("", target.decode("ascii"), count=1).partition("?")[0] or "/",
@@ -1371,27 +1292,30 @@ def parse_head(octets: bytes) -> Head:
     )
 
 
-def render(status: int, body: bytes, content_type: str = "application/json", *,
-           headers: bytes = b"", keep_alive: bool = True, with_body: bool = True) -> bytes:
-    """Return a whole reply. Without a Date: the relay has no clock that it would swear by."""
-    return b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n%s%s%s\r\n%s" % (
-        status, _REASONS[status], content_type.encode("ascii"), len(body), CORS, headers,
-        b"" if keep_alive else CLOSE, body if with_body else b"")
+def render(status: int, body: bytes, head: Head | None, headers: bytes) -> bytes:
+    """Return a whole reply to a request; to None, which was not read to its end, the last.
+
+    Without a Date: the relay has no clock that it would swear by.
+    """
+    return b"HTTP/1.1 %d %s\r\nContent-Length: %d\r\n%s%s%s\r\n%s" % (
+        status, HTTPStatus(status).phrase.encode("ascii"), len(body), CORS, headers,
+        b"" if head and head.keep_alive else CLOSE, b"" if head and head.method == "HEAD" else body)
 
 
-def render_reply(reply: Reply, *, keep_alive: bool = True, with_body: bool = True,
-                 headers: bytes = b"") -> bytes:
+def render_reply(reply: Reply, head: Head | None = None, headers: bytes = b"") -> bytes:
     """Return a reply of the core as HTTP, `retry` also as a header."""
     if isinstance(reply.body, dict) and "retry" in reply.body:
         headers += b"Retry-After: %d\r\n" % reply.body["retry"]
-    return render(reply.status, json.dumps(reply.body).encode("ascii"), headers=headers,
-                  keep_alive=keep_alive, with_body=with_body)
+    return render(reply.status, json.dumps(reply.body).encode("ascii"), head, JSON + headers)
 
 
-def render_page(document: Mapping[str, Any]) -> bytes:
-    """Return the page for people."""
+def render_page(document: Mapping[str, Any], head: Head) -> bytes:
+    """Return the relay's document: JSON for apps that ask for it, a page for people."""
+    if head.wants_json:
+        return render(200, json.dumps(document).encode("ascii"), head, JSON + b"Vary: Accept\r\n")
     texts = {name: html.escape(str(document[name])) for name in ("name", "description", "version")}
-    return PAGE.format(minutes=document["retention"]["message"] // 60, **texts).encode("utf-8")
+    page = PAGE.format(minutes=document["retention"]["message"] // 60, **texts)
+    return render(200, page.encode("utf-8"), head, b"Content-Type: text/html; charset=utf-8\r\nVary: Accept\r\n")
 
 
 # ---------------------------------------------------------------------------------------
@@ -1400,21 +1324,17 @@ def render_page(document: Mapping[str, Any]) -> bytes:
 # ---------------------------------------------------------------------------------------
 
 MAX_DATAGRAM_BYTES = 2_048  # more than any check; a longer one is cut, and so is no JSON
-_ID = re.compile(r"[A-Za-z0-9_-]{1,16}")
 
 
 def answer_datagram(relay: Relay, datagram: bytes) -> bytes | None:
     """Return the reply to a datagram, or None for none. PROTOCOL.md, "UDP"."""
     try:
         request = parse_json(datagram)
-        found = relay.glance(request)
+        reply = {"ok": True, "found": relay.glance(request)}
+        if isinstance(request, dict) and "id" in request:
+            reply["id"] = read(request, "id")
     except (Refusal, StoreError):
         return None
-    reply: dict[str, Any] = {"ok": True, "found": found}
-    if isinstance(request, dict) and "id" in request:
-        if not isinstance(request["id"], str) or not _ID.fullmatch(request["id"]):
-            return None
-        reply["id"] = request["id"]
     octets = json.dumps(reply).encode("ascii")
     return octets if len(octets) <= len(datagram) else None
 
@@ -1422,31 +1342,33 @@ def answer_datagram(relay: Relay, datagram: bytes) -> bytes | None:
 # ---------------------------------------------------------------------------------------
 # The server. One thread owns all sockets: it waits for them with a selector, reads, and
 # answers at once what needs neither disk nor seal (most of all the check that finds
-# nothing). The rest goes to a few threads and comes back through a queue. So a connection
-# that is idle, slow or waiting costs some memory and no thread, and no socket needs a lock.
+# nothing). The rest goes to a few threads and comes back through a queue. A client is a
+# generator that yields the events it waits for; so one that is idle, slow or waiting
+# costs some memory and no thread, and no socket needs a lock.
 # ---------------------------------------------------------------------------------------
 
-READING, WORKING, WAITING, WRITING, LINGERING, CLOSED = range(6)
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+NOTHING, READ, WRITE = 0, selectors.EVENT_READ, selectors.EVENT_WRITE
 NEVER_S = float("inf")
+EVERYBODY = ""  # the key of the count of all connections, beside those of the sources
+
+_T = TypeVar("_T")
+_Steps: TypeAlias = Generator[int, Any, _T]  # yields events; at a deadline gets a TimeoutError
 
 
-class Connection:
-    """A client's socket and where we are with it. Only the loop's thread touches it."""
+class _Client:
+    """A connection: its socket, what came in and is not used yet, and how it goes on."""
 
-    __slots__ = ("cursor_us", "deadline_s", "events", "head", "incoming", "keep_alive", "outgoing",
-                 "socket", "source", "state", "to_drop", "wait", "wait_until_s", "with_body")
+    __slots__ = ("counted", "cursor_us", "deadline_s", "events", "idle", "incoming", "socket", "source",
+                 "steps", "unsent")
 
-    def __init__(self, client: socket.socket, source: str) -> None:
-        self.socket, self.source, self.state, self.events = client, source, READING, 0
-        self.incoming, self.outgoing = bytearray(), memoryview(b"")
-        self.head: Head | None = None  # of the request whose body is still coming
-        self.keep_alive = self.with_body = True  # whether the reply under way leaves it so, and has one
+    def __init__(self, connection: socket.socket, source: str) -> None:
+        self.socket, self.source, self.events = connection, source, NOTHING
+        self.incoming, self.unsent = bytearray(), 0
         self.deadline_s = NEVER_S
-        self.wait: Wait | None = None
-        self.wait_until_s = 0.0  # of the long poll under way, however often it is asked again
-        self.cursor_us = 0  # up to which messages the request under way has certainly seen
-        self.to_drop = LINGER_BYTES
+        self.counted = True  # among the connections: a refused one no longer is
+        self.idle = False  # nothing is lost if it is timed out now
+        self.cursor_us = 0  # up to which messages its check has certainly seen
+        self.steps: _Steps[None]
 
 
 class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
@@ -1462,63 +1384,54 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def __init__(self, server_address: tuple[str, int], relay: Relay, *, udp: bool = False) -> None:
         self.relay, self.limits = relay, relay.limits
         self._selector = selectors.DefaultSelector()
-        self._connections: set[Connection] = set()
-        self._lingering: set[Connection] = set()  # refused, not yet closed; not in the other set
-        self._per_source: collections.Counter[str] = collections.Counter()
-        self._waiting: dict[bytes, set[Connection]] = {}
+        self._clients: set[_Client] = set()
+        self._open: collections.Counter[str] = collections.Counter()
+        self._waiting: dict[bytes, set[_Client]] = {}
         self._places = 0  # taken in _waiting
         self._buffered = 0  # bytes in all buffers, counted anew at each tick
         self._cursor_us = relay.store.time_us()  # of the newest message that the loop knows of
-        self._tasks: queue.SimpleQueue[tuple[Connection, Outcome] | None] = queue.SimpleQueue()
-        self._done: collections.deque[tuple[Connection, Outcome]] = collections.deque()
-        self._finished, self._sweeper_stop = threading.Event(), threading.Event()
+        self._tasks: queue.SimpleQueue[tuple[_Client, Outcome] | None] = queue.SimpleQueue()
+        self._done: collections.deque[tuple[_Client, Outcome]] = collections.deque()
+        self._finished, self._no_more_sweeps = threading.Event(), threading.Event()
         self._finished.set()
         self._stop_asked = self._stopping = False  # stopping: no new connections, no waits
         self._now_s = self._next_tick_s = self._drained_by_s = time.monotonic()
         self._wake_reader, self._wake_writer = socket.socketpair()
-        dual = server_address[0] == "" and socket.has_dualstack_ipv6()
-        self.address_family = socket.AF_INET6 if dual else _family_of(server_address[0])
+        self._accepting = False
         self._udp: socket.socket | None = None
-        self._listening = False  # whether the loop accepts
+        host = server_address[0]
+        self.address_family = (socket.getaddrinfo(host, None)[0][0] if host else
+                               socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
         super().__init__(server_address, http.server.BaseHTTPRequestHandler)
         if udp:
             self._bind_udp()
 
-    # What http.server would do
+    # What http.server does otherwise
 
     def server_bind(self) -> None:
         """Bind without asking the DNS for our name; replies are not held back (Nagle)."""
-        _accept_ipv4(self.socket)
+        _take_ipv4_too(self.socket)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
-    def _bind_udp(self) -> None:
-        self._udp = socket.socket(self.address_family, socket.SOCK_DGRAM)
-        try:
-            _accept_ipv4(self._udp)
-            self._udp.bind(self.server_address)
-        except OSError:
-            self.server_close()
-            raise
-
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
         """Serve until shutdown or stop is called; then answer who waits and return."""
         self._finished.clear()
-        threads = [threading.Thread(target=self.process_request_thread, daemon=True)
-                   for _ in range(POOL_THREADS)] + [threading.Thread(target=self._sweep, daemon=True)]
+        threads = [threading.Thread(target=body, daemon=True)
+                   for body in (self._sweep, *[self.process_request_thread] * POOL_THREADS)]
         for thread in threads:
             thread.start()
         try:
-            self._open()
-            while not (self._stopping and self._drained()):
+            self._open_for_business()
+            while not (self._stopping and (not self._clients or self._now_s > self._drained_by_s)):
                 self._turn(poll_interval)
         finally:
-            self._sweeper_stop.set()
+            self._no_more_sweeps.set()
             for _ in range(POOL_THREADS):
                 self._tasks.put(None)
             for thread in threads:
-                thread.join(max(0.1, self._drained_by_s - time.monotonic()))
+                thread.join(max(0.0, self._drained_by_s - time.monotonic()))
             self._finished.set()
 
     def shutdown(self) -> None:
@@ -1533,8 +1446,8 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def server_close(self) -> None:
         """Close all sockets."""
-        for connection in (*self._connections, *self._lingering):
-            self._close(connection)
+        for client in tuple(self._clients):
+            self._close(client)
         for opened in (self.socket, self._udp, self._wake_reader, self._wake_writer, self._selector):
             if opened is not None:
                 opened.close()
@@ -1542,23 +1455,23 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a new connection in; no thread is made for it."""
         request.setblocking(False)
-        connection = Connection(request, source_of(client_address[0]))
-        connection.deadline_s = self._now_s + self.limits.idle_timeout_s
-        self._connections.add(connection)
-        self._per_source[connection.source] += 1
-        self._attend(connection, RelayServer._welcome)
+        client = _Client(request, source_of(client_address[0]))
+        client.steps = self._converse(client)
+        self._clients.add(client)
+        self._open.update((client.source, EVERYBODY))
+        self._resume(client)
 
     def process_request_thread(self, *_: Any) -> None:
         """Do what may take long, until there is None to do: the body of each pool thread."""
         while (task := self._tasks.get()) is not None:
-            connection, outcome = task
-            self._done.append((connection, self.relay.run(outcome)))
+            client, outcome = task
+            self._done.append((client, self.relay.run(outcome)))
             self._wake()
 
     def _sweep(self) -> None:
         """Sweep, in small steps while there is much to do: the body of the sweeper's thread."""
         pause_s = 0.0
-        while not self._sweeper_stop.wait(pause_s):
+        while not self._no_more_sweeps.wait(pause_s):
             try:
                 pause_s = SWEEP_PAUSE_S if self.relay.sweep() else SWEEP_EVERY_S
             except StoreError as error:
@@ -1567,352 +1480,284 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     # The loop
 
-    def _open(self) -> None:
-        self.socket.setblocking(False)
-        self._wake_reader.setblocking(False)
+    def _open_for_business(self) -> None:
+        for opened, ready in ((self._wake_reader, self._finish_tasks), (self._udp, self._answer_datagrams)):
+            if opened is not None:
+                opened.setblocking(False)
+                self._selector.register(opened, READ, ready)
         self._wake_writer.setblocking(False)
-        self._selector.register(self._wake_reader, READ, self._finish_tasks)
-        if self._udp:
-            self._udp.setblocking(False)
-            self._selector.register(self._udp, READ, self._answer_datagrams)
-        self._listen(True)
+        self.socket.setblocking(False)
+        self._accept(True)
 
-    def _listen(self, on: bool) -> None:
-        if on and not self._listening:
-            self._selector.register(self.socket, READ, self._accept)
-        elif self._listening and not on:
+    def _accept(self, on: bool) -> None:
+        if on and not self._accepting:
+            self._selector.register(self.socket, READ, self._take_connections)
+        elif self._accepting and not on:
             self._selector.unregister(self.socket)
-        self._listening = on
+        self._accepting = on
 
     def _turn(self, timeout_s: float) -> None:
         for key, _ in self._selector.select(timeout_s):
             self._now_s = time.monotonic()
-            if isinstance(key.data, Connection):
-                self._attend(key.data, _ON_READY[key.data.state])
-            else:
+            if not isinstance(key.data, _Client):
                 key.data()
+            elif key.data.events:  # else an earlier event of this turn has moved it on
+                self._resume(key.data)
         self._now_s = time.monotonic()
         if self._now_s >= self._next_tick_s:
             self._tick()
         if self._stop_asked and not self._stopping:
             self._drain()
 
+    def _tick(self) -> None:
+        """Do what is due: deadlines, messages of other processes, accepting again."""
+        self._next_tick_s = self._now_s + TICK_S
+        self._buffered = sum(len(client.incoming) + client.unsent for client in self._clients)
+        for client in [client for client in self._clients if client.deadline_s <= self._now_s]:
+            self._resume(client, error=TimeoutError())
+        self._wake_waiting()
+        if not self._stopping:
+            self._accept(True)
+
+    def _drain(self) -> None:
+        """Stop accepting, answer who waits, let go of who is idle."""
+        self._stopping, self._drained_by_s = True, self._now_s + DRAIN_S
+        self._accept(False)
+        self.socket.close()
+        for client in [client for client in self._clients if client.idle]:
+            self._resume(client, error=TimeoutError())
+
+    def _take_connections(self) -> None:
+        try:
+            for _ in range(ACCEPT_BATCH):
+                self.process_request(*self.socket.accept())
+        except BlockingIOError:
+            pass
+        except OSError:  # out of files: until the next tick somebody may have gone
+            self._accept(False)
+
+    def _finish_tasks(self) -> None:
+        """Take back from the threads what they have done."""
+        self._wake_reader.recv(RECV_BYTES)
+        while self._done:
+            client, outcome = self._done.popleft()
+            self._resume(client, outcome)
+        if self._waiting:
+            self._wake_waiting()
+
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # full: it is awake; closed: it is over
             self._wake_writer.send(b"\0")
 
-    def _tick(self) -> None:
-        """Do what is due: deadlines, messages of other processes, accepting again."""
-        self._next_tick_s = self._now_s + TICK_S
-        everyone = (*self._connections, *self._lingering)
-        self._buffered = sum(len(one.incoming) + len(one.outgoing) for one in everyone)
-        for connection in everyone:
-            if connection.deadline_s <= self._now_s:
-                self._attend(connection, _ON_DEADLINE[connection.state])
-        self._wake_waiting()
-        if not self._stopping:
-            self._listen(True)
-
-    def _drain(self) -> None:
-        """Stop accepting, answer who waits, let go of who is idle."""
-        self._stopping = True
-        self._drained_by_s = self._now_s + DRAIN_S
-        self._listen(False)
-        self.socket.close()
-        for connection in tuple(self._connections):
-            if connection.state == WAITING:
-                self._attend(connection, RelayServer._end_wait)
-            elif connection.state == READING and not connection.incoming and not connection.head:
-                self._close(connection)
-
-    def _drained(self) -> bool:
-        return not self._connections or self._now_s >= self._drained_by_s
-
-    def _attend(self, connection: Connection, step: Callable[[RelayServer, Connection], None]) -> None:
-        """Do a step for one connection; whatever goes wrong ends that connection alone."""
-        try:
-            try:
-                step(self, connection)
-            except Refusal as refusal:
-                self._refuse(connection, refusal)
-        except OSError:
-            self._close(connection)
-        except Exception:
-            log.exception("a connection failed; please report this")
-            self._close(connection)
-
-    def _watch(self, connection: Connection, events: int) -> None:
-        if events == connection.events:
-            return
-        if not connection.events:
-            self._selector.register(connection.socket, events, connection)
-        elif not events:
-            self._selector.unregister(connection.socket)
-        else:
-            self._selector.modify(connection.socket, events, connection)
-        connection.events = events
-
-    # Accepting, refusing, closing
-
-    def _accept(self) -> None:
-        for _ in range(ACCEPT_BATCH):
-            try:
-                client, address = self.socket.accept()
-            except BlockingIOError:
-                return
-            except OSError:  # out of files; until the next tick somebody may have gone
-                self._listen(False)
-                return
-            self.process_request(client, address)
-
-    def _welcome(self, connection: Connection) -> None:
-        limits = self.limits
-        if 0 < limits.max_connections < len(self._connections):
-            raise Refusal(BUSY, f"More than {limits.max_connections} connections.", retry_s=10)
-        if 0 < limits.max_connections_per_source < self._per_source[connection.source]:
-            raise Refusal(BUSY, f"More than {limits.max_connections_per_source} connections"
-                          " of one source.", retry_s=10)
-        self._read(connection)
-
-    def _refuse(self, connection: Connection, refusal: Refusal) -> None:
-        """Answer a request that was not read to its end, and close."""
-        connection.keep_alive = False
-        self._leave(connection)
-        if len(self._lingering) < MAX_LINGERING:
-            self._lingering.add(connection)
-        self._answer(connection, refusal.reply())
-
-    def _linger(self, connection: Connection) -> None:
-        """Say no more, but take what still comes: a reset would overtake the reply."""
-        connection.incoming.clear()
-        connection.state, connection.deadline_s = LINGERING, self._now_s + LINGER_S
-        connection.socket.shutdown(socket.SHUT_WR)
-        self._watch(connection, READ)
-
-    def _drop(self, connection: Connection) -> None:
-        dropped = len(connection.socket.recv(RECV_BYTES))
-        connection.to_drop -= dropped
-        if not dropped or connection.to_drop <= 0:
-            self._close(connection)
-
-    def _leave(self, connection: Connection) -> None:
-        if connection in self._connections:
-            self._connections.remove(connection)
-            self._per_source[connection.source] -= 1
-            if not self._per_source[connection.source]:
-                del self._per_source[connection.source]
-
-    def _close(self, connection: Connection) -> None:
-        if connection.state == WAITING:
-            self._unpark(connection)
-        connection.state, connection.deadline_s = CLOSED, NEVER_S
-        self._leave(connection)
-        self._lingering.discard(connection)
-        self._watch(connection, 0)
-        connection.socket.close()
-
-    # Reading requests
-
-    def _read(self, connection: Connection) -> None:
-        try:
-            chunk = connection.socket.recv(RECV_BYTES)
-        except BlockingIOError:
-            return self._watch(connection, READ)
-        if not chunk:
-            return self._close(connection)
-        if not connection.incoming and not connection.head:
-            connection.deadline_s = self._now_s + self.limits.request_timeout_s
-        connection.incoming += chunk
-        self._serve(connection)
-
-    def _serve(self, connection: Connection) -> None:
-        """Answer the requests that are complete, and wait for the rest of the next."""
-        while connection.state == READING and (request := self._next_request(connection)):
-            self._dispatch(connection, *request)
-        if connection.state == READING:
-            if not self._has_room_for(connection.incoming):
-                raise Refusal(BUSY, "Too much is under way.", retry_s=5)
-            self._watch(connection, READ)
-
-    def _has_room_for(self, buffer: bytearray | memoryview) -> bool:
-        self._buffered += len(buffer)
-        return self._buffered <= self.limits.max_buffered_bytes
-
-    def _next_request(self, connection: Connection) -> tuple[Head, bytes] | None:
-        incoming = connection.incoming
-        head = connection.head
-        if not head:
-            head = connection.head = take_head(incoming, self.limits.max_header_bytes)
-            if not head:
-                return None
-            if head.length > self.limits.max_body_bytes:
-                raise Refusal(TOO_BIG, f"A body may have {self.limits.max_body_bytes} bytes.")
-            if head.expects_continue and len(incoming) < head.length:
-                connection.socket.send(CONTINUE)
-        if len(incoming) < head.length:
-            return None
-        body = bytes(incoming[:head.length])
-        del incoming[:head.length]
-        connection.head = None
-        return head, body
-
-    def _too_slow(self, connection: Connection) -> None:
-        if connection.incoming or connection.head:
-            raise Refusal(TOO_SLOW, f"A request may take {self.limits.request_timeout_s} s.")
-        self._close(connection)
-
-    # Answering
-
-    def _dispatch(self, connection: Connection, head: Head, body: bytes) -> None:
-        connection.keep_alive = head.keep_alive and not self._stopping
-        connection.with_body = head.method != "HEAD"
-        connection.cursor_us = self._cursor_us
-        routes = _ROUTES.get(head.path)
-        if head.method == "OPTIONS":
-            self._send(connection, PREFLIGHT + (b"" if connection.keep_alive else CLOSE) + b"\r\n")
-        elif routes is None:
-            self._answer(connection, Refusal(NOT_FOUND).reply())
-        elif head.method not in routes:
-            allow = b"Allow: %s, OPTIONS\r\n" % ", ".join(routes).encode("ascii")
-            self._answer(connection, Refusal(NOT_ALLOWED).reply(), headers=allow)
-        else:
-            routes[head.method](self, connection, head, body)
-
-    def _post(self, connection: Connection, _head: Head, body: bytes) -> None:
-        self._conclude(connection, self.relay.begin(body, connection.source))
-
-    def _page(self, connection: Connection, head: Head, _body: bytes) -> None:
-        document = self.relay.document() | {"udp": self._udp is not None}
-        page = json.dumps(document).encode("ascii") if head.wants_json else render_page(document)
-        self._send(connection, render(
-            200, page, "application/json" if head.wants_json else "text/html; charset=utf-8",
-            headers=b"Vary: Accept\r\n", keep_alive=connection.keep_alive, with_body=connection.with_body))
-
-    def _health(self, connection: Connection, _head: Head, _body: bytes) -> None:
-        self._conclude(connection, self.relay.health)
-
-    def _conclude(self, connection: Connection, outcome: Outcome) -> None:
-        """Answer, wait, or leave the work to a thread: whatever the request has come to."""
-        if isinstance(outcome, Reply):
-            self._answer(connection, outcome)
-        elif isinstance(outcome, Wait):
-            self._park(connection, outcome)
-        elif self._tasks.qsize() >= self.limits.max_queued:
-            self._answer(connection, Refusal(BUSY, "Too many requests at once.", retry_s=2).reply())
-        else:
-            self._hand_over(connection, outcome)
-
-    def _hand_over(self, connection: Connection, outcome: Outcome) -> None:
-        connection.state, connection.deadline_s = WORKING, NEVER_S
-        self._watch(connection, 0)
-        self._tasks.put((connection, outcome))
-
-    def _finish_tasks(self) -> None:
-        """Take back from the threads what they have done."""
-        with contextlib.suppress(BlockingIOError):
-            self._wake_reader.recv(RECV_BYTES)
-        while self._done:
-            connection, outcome = self._done.popleft()
-            if connection.state == WORKING:
-                connection.state = READING
-                self._attend(connection, functools.partial(RelayServer._finish, outcome=outcome))
-        if self._waiting:
-            self._wake_waiting()
-
-    def _finish(self, connection: Connection, outcome: Outcome) -> None:
-        self._conclude(connection, outcome)
-        self._serve(connection)
-
-    def _answer(self, connection: Connection, reply: Reply, headers: bytes = b"") -> None:
-        self._send(connection, render_reply(reply, headers=headers, keep_alive=connection.keep_alive,
-                                            with_body=connection.with_body))
-
-    def _send(self, connection: Connection, payload: bytes) -> None:
-        """Send a whole reply, now or as the client takes it."""
-        connection.wait_until_s = 0.0
-        connection.outgoing = memoryview(payload)
-        connection.state, connection.deadline_s = WRITING, self._now_s + self.limits.request_timeout_s
-        self._write(connection)
-
-    def _write(self, connection: Connection) -> None:
-        with contextlib.suppress(BlockingIOError):
-            sent = connection.socket.send(connection.outgoing)
-            connection.outgoing = connection.outgoing[sent:]
-        if not connection.outgoing:
-            self._sent(connection)
-        elif self._has_room_for(connection.outgoing):
-            self._watch(connection, WRITE)
-        else:
-            self._close(connection)
-
-    def _sent(self, connection: Connection) -> None:
-        if connection in self._lingering:
-            self._linger(connection)
-        elif connection.keep_alive:
-            timeout_s = self.limits.request_timeout_s if connection.incoming else self.limits.idle_timeout_s
-            connection.state, connection.deadline_s = READING, self._now_s + timeout_s
-        else:
-            self._close(connection)
-
-    def _write_on(self, connection: Connection) -> None:
-        self._write(connection)
-        self._serve(connection)
-
-    # Long polls
-
-    def _park(self, connection: Connection, wait: Wait) -> None:
-        """Keep a long poll until one of its boxes gets a message, or answer it now."""
-        connection.wait_until_s = connection.wait_until_s or self._now_s + wait.seconds
-        places = self._places + len(wait.boxes)
-        full = 0 < self.limits.max_waiting < places
-        if full or self._stopping or connection.wait_until_s - TICK_S <= self._now_s:
-            return self._answer(connection, wait.reply)
-        # What came between the look and now would otherwise be seen only at the next check.
-        connection.cursor_us, boxes = self.relay.arrivals(connection.cursor_us)
-        if not boxes.isdisjoint(wait.boxes):
-            return self._hand_over(connection, wait.again)
-        connection.state, connection.wait = WAITING, wait
-        connection.deadline_s = connection.wait_until_s - TICK_S
-        self._places = places
-        for box in wait.boxes:
-            self._waiting.setdefault(box, set()).add(connection)
-        self._watch(connection, READ)
-
-    def _unpark(self, connection: Connection) -> Wait:
-        wait, connection.wait = connection.wait, None
-        assert wait is not None  # noqa: S101
-        self._places -= len(wait.boxes)
-        for box in wait.boxes:
-            self._waiting[box].discard(connection)
-            if not self._waiting[box]:
-                del self._waiting[box]
-        return wait
-
     def _wake_waiting(self) -> None:
-        """Ask again for those whose boxes got messages, from whatever process."""
+        """Go on with those whose boxes got messages, from whatever process."""
         self._cursor_us, boxes = self.relay.arrivals(self._cursor_us)
         for box in boxes:
-            for connection in tuple(self._waiting.get(box, ())):
-                connection.cursor_us = self._cursor_us
-                self._hand_over(connection, self._unpark(connection).again)
+            for client in tuple(self._waiting.get(box, ())):
+                client.cursor_us = self._cursor_us
+                self._resume(client, True)
 
-    def _end_wait(self, connection: Connection) -> None:
-        self._answer(connection, self._unpark(connection).reply)
-        self._serve(connection)
+    def _resume(self, client: _Client, value: Any = None, error: Exception | None = None) -> None:
+        """Go on with a client until it waits again; whatever goes wrong ends this one alone."""
+        try:
+            self._watch(client, client.steps.throw(error) if error else client.steps.send(value))
+        except (StopIteration, OSError):
+            self._close(client)
+        except Exception:
+            log.exception("a connection failed; please report this")
+            self._close(client)
 
-    def _interrupt_wait(self, connection: Connection) -> None:
-        """Let go of who hangs up; who sends the next request has waited enough."""
-        chunk = connection.socket.recv(RECV_BYTES)
+    def _watch(self, client: _Client, events: int) -> None:
+        if client.events and events != client.events:
+            self._selector.unregister(client.socket)
+        if events and events != client.events:
+            self._selector.register(client.socket, events, client)
+        client.events = events
+
+    def _close(self, client: _Client) -> None:
+        client.steps.close()
+        self._uncount(client)
+        self._clients.discard(client)
+        self._watch(client, NOTHING)
+        client.socket.close()
+
+    def _uncount(self, client: _Client) -> None:
+        if client.counted:
+            client.counted = False
+            self._open -= collections.Counter((client.source, EVERYBODY))
+
+    # The life of a client
+
+    def _converse(self, client: _Client) -> _Steps[None]:
+        """Answer requests until one side has enough."""
+        try:
+            self._check_room(client)
+            head = None
+            while not head or head.keep_alive:
+                head, body = yield from self._next_request(client)
+                payload = yield from self._answer(client, head, body)
+                yield from self._send(client, payload)
+                if self._stopping:
+                    return
+        except Refusal as refusal:
+            yield from self._refuse(client, refusal)
+
+    def _check_room(self, client: _Client) -> None:
+        for key, limit in ((EVERYBODY, self.limits.max_connections),
+                           (client.source, self.limits.max_connections_per_source)):
+            if 0 < limit < self._open[key]:
+                whose = "of one source" if key else "in all"
+                raise Refusal(BUSY, f"There are {limit} connections {whose}.", retry_s=10)
+
+    def _next_request(self, client: _Client) -> _Steps[tuple[Head, bytes]]:
+        """Return the next request; raise Refusal, or TimeoutError from one who was just idle."""
+        incoming, limits = client.incoming, self.limits
+        if not incoming:
+            client.idle, client.deadline_s = True, self._now_s + limits.idle_timeout_s
+            yield from self._more(client)
+            client.idle = False
+        client.deadline_s = self._now_s + limits.request_timeout_s
+        try:
+            while not (head := take_head(incoming, limits.max_header_bytes)):
+                yield from self._more(client)
+            if head.length > limits.max_body_bytes:
+                raise Refusal(TOO_BIG, f"A body may have {limits.max_body_bytes} bytes.")
+            if head.expects_continue and len(incoming) < head.length:
+                client.socket.send(CONTINUE)
+            while len(incoming) < head.length:
+                yield from self._more(client)
+        except TimeoutError:
+            raise Refusal(TOO_SLOW, f"A request may take {limits.request_timeout_s} s.") from None
+        body = bytes(incoming[:head.length])
+        del incoming[:head.length]
+        return head, body
+
+    def _more(self, client: _Client) -> _Steps[None]:
+        while not self._receive(client):
+            yield READ
+
+    def _receive(self, client: _Client) -> bool:
+        """Take what has come in, if anything; raise ConnectionError when there will be no more."""
+        try:
+            chunk = client.socket.recv(RECV_BYTES)
+        except BlockingIOError:
+            return False
         if not chunk:
-            return self._close(connection)
-        connection.incoming += chunk
-        self._end_wait(connection)
+            raise ConnectionAbortedError
+        client.incoming += chunk
+        self._buffered += len(chunk)
+        if self._buffered > self.limits.max_buffered_bytes:
+            raise Refusal(BUSY, "Too much is under way.", retry_s=5)
+        return True
+
+    def _answer(self, client: _Client, head: Head, body: bytes) -> _Steps[bytes]:
+        """Return the whole reply to a request, when it is there."""
+        client.cursor_us = self._cursor_us
+        outcome = self._route(client, head, body)
+        until_s = 0.0
+        while not isinstance(outcome, Reply | bytes):
+            if isinstance(outcome, Wait):
+                until_s = until_s or self._now_s + outcome.seconds
+                outcome = yield from self._poll(client, outcome, until_s)
+            elif self._tasks.qsize() >= self.limits.max_queued:
+                outcome = Refusal(BUSY, "Too many requests at once.", retry_s=2).reply()
+            else:
+                client.deadline_s = NEVER_S
+                self._tasks.put((client, outcome))
+                outcome = yield NOTHING
+        if isinstance(outcome, bytes):
+            return outcome
+        return render_reply(outcome, head._replace(keep_alive=False) if self._stopping else head)
+
+    def _route(self, client: _Client, head: Head, body: bytes) -> Outcome | bytes:
+        methods = _METHODS.get(head.path, "")
+        if head.method == "OPTIONS":
+            return PREFLIGHT + (b"" if head.keep_alive else CLOSE) + b"\r\n"
+        if not methods:
+            return Refusal(NOT_FOUND).reply()
+        if head.method not in methods:
+            allow = b"Allow: %s\r\n" % ", ".join(methods).encode("ascii")
+            return render_reply(Refusal(NOT_ALLOWED).reply(), head, allow)
+        if head.path == "/health":
+            return self.relay.health
+        if head.method == "POST":
+            return self.relay.begin(body, client.source)
+        return render_page(self.relay.document() | {"udp": self._udp is not None}, head)
+
+    def _poll(self, client: _Client, wait: Wait, until_s: float) -> _Steps[Outcome]:
+        """Hold a long poll until one of its boxes gets a message; return how to go on."""
+        full = 0 < self.limits.max_waiting < self._places + len(wait.boxes)
+        if full or self._stopping or until_s - TICK_S <= self._now_s:
+            return wait.reply
+        # What came between the look and now would otherwise be seen only at the next check.
+        client.cursor_us, boxes = self.relay.arrivals(client.cursor_us)
+        if not boxes.isdisjoint(wait.boxes):
+            return wait.again
+        client.idle, client.deadline_s = True, until_s - TICK_S
+        self._places += len(wait.boxes)
+        for box in wait.boxes:
+            self._waiting.setdefault(box, set()).add(client)
+        try:
+            while not (yield READ):  # True is a message; else the client hangs up or talks on
+                if self._receive(client):
+                    return wait.reply
+            return wait.again
+        except TimeoutError:
+            return wait.reply
+        finally:
+            client.idle = False
+            self._places -= len(wait.boxes)
+            for box in wait.boxes:
+                self._waiting[box].discard(client)
+                if not self._waiting[box]:
+                    del self._waiting[box]
+
+    def _send(self, client: _Client, payload: bytes) -> _Steps[None]:
+        """Send a whole reply, as fast as the client takes it."""
+        client.deadline_s = self._now_s + self.limits.request_timeout_s
+        unsent = memoryview(payload)
+        while unsent:
+            try:
+                unsent = unsent[client.socket.send(unsent):]
+            except BlockingIOError:
+                self._buffered += 0 if client.unsent else len(unsent)
+                client.unsent = len(unsent)
+                if self._buffered > self.limits.max_buffered_bytes:
+                    raise ConnectionAbortedError from None
+                yield WRITE
+        client.unsent = 0
+
+    def _refuse(self, client: _Client, refusal: Refusal) -> _Steps[None]:
+        """Answer a request that was not read to its end; take what still comes, and close."""
+        self._uncount(client)
+        yield from self._send(client, render_reply(refusal.reply()))
+        if len(self._clients) - self._open[EVERYBODY] > MAX_LINGERING:
+            return
+        # Closing now would send a reset, which overtakes the reply.
+        client.socket.shutdown(socket.SHUT_WR)
+        client.incoming.clear()
+        client.deadline_s = self._now_s + LINGER_S
+        to_drop = LINGER_BYTES
+        while to_drop > 0:
+            yield READ
+            dropped = len(client.socket.recv(RECV_BYTES))
+            to_drop -= dropped or LINGER_BYTES
 
     # UDP
 
+    def _bind_udp(self) -> None:
+        self._udp = socket.socket(self.address_family, socket.SOCK_DGRAM)
+        try:
+            _take_ipv4_too(self._udp)
+            self._udp.bind(self.server_address)
+        except OSError:
+            self.server_close()
+            raise
+
     def _answer_datagrams(self) -> None:
-        assert self._udp is not None
-        with contextlib.suppress(OSError):  # none left, or one that cannot be answered
+        if self._udp is None:
+            return
+        with contextlib.suppress(OSError):  # no more, or one that cannot be answered
             for _ in range(ACCEPT_BATCH):
                 datagram, address = self._udp.recvfrom(MAX_DATAGRAM_BYTES)
                 reply = answer_datagram(self.relay, datagram)
@@ -1920,37 +1765,12 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
                     self._udp.sendto(reply, address)
 
 
-_Step: TypeAlias = Callable[[RelayServer, Connection], None]
-_Route: TypeAlias = Callable[[RelayServer, Connection, Head, bytes], None]
+_METHODS = {"/": ("GET", "HEAD", "POST", "OPTIONS"), "/health": ("GET", "HEAD", "OPTIONS")}
 
 
-def _ignore(_server: RelayServer, _connection: Connection) -> None:
-    """Do nothing: another event of the same turn was faster."""
-
-
-# What to do with a connection, by its state: when its socket is ready, at its deadline.
-_ON_READY: Mapping[int, _Step] = {
-    READING: RelayServer._read, WORKING: _ignore, WAITING: RelayServer._interrupt_wait,
-    WRITING: RelayServer._write_on, LINGERING: RelayServer._drop, CLOSED: _ignore,
-}
-_ON_DEADLINE: Mapping[int, _Step] = {
-    READING: RelayServer._too_slow, WORKING: _ignore, WAITING: RelayServer._end_wait,
-    WRITING: RelayServer._close, LINGERING: RelayServer._close, CLOSED: _ignore,
-}
-_ROUTES: Mapping[str, Mapping[str, _Route]] = {
-    "/": {"GET": RelayServer._page, "HEAD": RelayServer._page, "POST": RelayServer._post},
-    "/health": {"GET": RelayServer._health, "HEAD": RelayServer._health},
-}
-
-
-def _accept_ipv4(unbound: socket.socket) -> None:
-    """Have an IPv6 socket on all interfaces take IPv4 as well."""
+def _take_ipv4_too(unbound: socket.socket) -> None:
     if unbound.family == socket.AF_INET6:
         unbound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-
-
-def _family_of(host: str) -> socket.AddressFamily:
-    return socket.getaddrinfo(host, None)[0][0] if host else socket.AF_INET
 
 
 # ---------------------------------------------------------------------------------------
@@ -1963,7 +1783,7 @@ SPARE_FILES = 64  # beside the connections: the database, the log, what is linge
 
 def _whole_number(minimum: int, maximum: int = MAX_FLAG) -> Callable[[str], int]:
     def convert(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) < 20 and minimum <= int(text) <= maximum):
+        if not (re.fullmatch(r"[0-9]{1,13}", text) and minimum <= int(text) <= maximum):
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {minimum} to {maximum}")
         return int(text)
     return convert
