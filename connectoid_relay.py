@@ -53,7 +53,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -500,6 +500,9 @@ class _Transaction:
         self.time_us = max(self.time_us, now_us)
         return self.time_us
 
+    def row(self) -> tuple[int, int, int, int]:
+        return self.time_us, self.last_at, self.bytes, self.boxes
+
 
 class _Ticket(concurrent.futures.Future[Any]):
     """A write that waits for its commit."""
@@ -673,7 +676,7 @@ class SqliteStore:
                 transaction = _Transaction(self._db, *self._db.execute(READ_RELAY).fetchone())
                 outcomes = [ticket.run(transaction) for ticket in batch]
                 if self._db.total_changes != changes:
-                    self._db.execute(WRITE_RELAY, astuple(transaction)[1:])
+                    self._db.execute(WRITE_RELAY, transaction.row())
                     self._db.execute("COMMIT")
                 return outcomes
             finally:
