@@ -148,7 +148,7 @@ class Limits:
 
 # ---------------------------------------------------------------------------------------
 # Errors. ERRORS is the table of PROTOCOL.md; a Refusal is the only exception that becomes
-# a reply, and it becomes one in two places: Relay._guarded and RelayServer._refuse.
+# a reply, and it becomes one in two places: Relay._guarded and RelayServer._converse.
 # ---------------------------------------------------------------------------------------
 
 
@@ -290,16 +290,20 @@ def read_data(request: Mapping[str, Any]) -> str:
     return str(read(request, "data"))
 
 
+IPV4_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
+
+
 def source_of(address: str) -> str:
     """Return whom an address stands for: itself, the IPv4 one inside, or its IPv6 /64."""
-    if address.startswith("::ffff:") and "." in address:
-        return address[7:]
     if ":" not in address:
         return address
     try:
-        return socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8].hex(":", 2) + "::/64"
-    except OSError:
+        octets = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
+    except (OSError, ValueError):
         return address
+    if octets.startswith(IPV4_MAPPED):
+        return socket.inet_ntoa(octets[len(IPV4_MAPPED):])
+    return octets[:8].hex(":", 2) + "::/64"
 
 
 # ---------------------------------------------------------------------------------------
@@ -604,24 +608,21 @@ class SqliteStore:
 
     # Locks, errors, transactions
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Raise every error of SQLite as a StoreError with its meaning."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0)  # Python's own errors have none
-            if code in _FULL_CODES:
-                raise StoreFull(f"{self._path}: the disk is full ({error})") from error
-            raise StoreError(f"{self._path} {_MEANINGS.get(code & 0xFF, 'cannot be used')} ({error})") from error
+    def _explain(self, error: sqlite3.Error) -> StoreError:
+        """Return an error of SQLite as one of ours, with its meaning."""
+        code = getattr(error, "sqlite_errorcode", 0)  # Python's own errors have none
+        if code in _FULL_CODES:
+            return StoreFull(f"{self._path}: the disk is full ({error})")
+        return StoreError(f"{self._path} {_MEANINGS.get(code & 0xFF, 'cannot be used')} ({error})")
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Keep out the writers and checkpoints of other processes; they hold it for milliseconds."""
         self._flock(fcntl.LOCK_EX)
         try:
-            with self._translated():
-                yield
+            yield
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
         finally:
             self._flock(fcntl.LOCK_UN)
 
@@ -684,15 +685,23 @@ class SqliteStore:
                     self._db.execute("ROLLBACK")
 
     def _read(self, sql: str, *values: Any) -> list[Any]:
-        with self._translated():
+        try:
             if self._in_memory:  # a second connection would see another memory
                 with self._lock:
                     return self._db.execute(sql, values).fetchall()
-            db = self._readers.pop() if self._readers else self._connect()
+            db = self._idle_reader()
             try:
                 return db.execute(sql, values).fetchall()
             finally:
                 self._readers.append(db)
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+
+    def _idle_reader(self) -> sqlite3.Connection:
+        try:
+            return self._readers.pop()
+        except IndexError:  # all are in use
+            return self._connect()
 
     # Methods of Store
 
@@ -1388,7 +1397,7 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.relay, self.limits = relay, relay.limits
         self._selector = selectors.DefaultSelector()
         self._clients: set[_Client] = set()
-        self._open: collections.Counter[str] = collections.Counter()
+        self._open: dict[str, int] = {}  # connections of each source, and of EVERYBODY
         self._waiting: dict[bytes, set[_Client]] = {}
         self._places = 0  # taken in _waiting
         self._buffered = 0  # bytes in all buffers, counted anew at each tick
@@ -1461,7 +1470,7 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         client = _Client(request, source_of(client_address[0]))
         client.steps = self._converse(client)
         self._clients.add(client)
-        self._open.update((client.source, EVERYBODY))
+        self._count(client, 1)
         self._resume(client)
 
     def process_request_thread(self, *_: Any) -> None:
@@ -1587,7 +1596,13 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def _uncount(self, client: _Client) -> None:
         if client.counted:
             client.counted = False
-            self._open -= collections.Counter((client.source, EVERYBODY))
+            self._count(client, -1)
+
+    def _count(self, client: _Client, step: int) -> None:
+        for key in (client.source, EVERYBODY):
+            self._open[key] = self._open.get(key, 0) + step
+            if not self._open[key]:
+                del self._open[key]
 
     # The life of a client
 
@@ -1608,7 +1623,7 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def _check_room(self, client: _Client) -> None:
         for key, limit in ((EVERYBODY, self.limits.max_connections),
                            (client.source, self.limits.max_connections_per_source)):
-            if 0 < limit < self._open[key]:
+            if 0 < limit < self._open.get(key, 0):
                 whose = "of one source" if key else "in all"
                 raise Refusal(BUSY, f"There are {limit} connections {whose}.", retry_s=10)
 
@@ -1658,7 +1673,7 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         client.cursor_us = self._cursor_us
         outcome = self._route(client, head, body)
         until_s = 0.0
-        while not isinstance(outcome, Reply | bytes):
+        while not isinstance(outcome, (Reply, bytes)):
             if isinstance(outcome, Wait):
                 until_s = until_s or self._now_s + outcome.seconds
                 outcome = yield from self._poll(client, outcome, until_s)
@@ -1734,7 +1749,7 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Answer a request that was not read to its end; take what still comes, and close."""
         self._uncount(client)
         yield from self._send(client, render_reply(refusal.reply()))
-        if len(self._clients) - self._open[EVERYBODY] > MAX_LINGERING:
+        if len(self._clients) - self._open.get(EVERYBODY, 0) > MAX_LINGERING:
             return
         # Closing now would send a reset, which overtakes the reply.
         client.socket.shutdown(socket.SHUT_WR)
