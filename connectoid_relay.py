@@ -130,8 +130,8 @@ class Limits:
     max_udp: int = _limit(10_000, "UDP datagrams per second, from all together", 1)
     max_body_bytes: int = _limit(128 << 10, "bytes of a request's body: a batch of 256 checks", 1)
     max_header_bytes: int = _limit(16 << 10, "bytes of a request's line and headers", 64)
-    request_timeout_s: int = _limit(10, "seconds for a whole request, and for taking the reply", 1)
-    idle_timeout_s: int = _limit(75, "seconds that a connection may stay idle", 1)
+    request_timeout_s: int = _limit(10, "seconds for a whole request to arrive", 1)
+    idle_timeout_s: int = _limit(75, "seconds that a connection may stay idle, or take to read a reply", 1)
     max_connections: int = _limit(10_000, "open connections; 0 = no limit")
     max_connections_per_source: int = _limit(256, "open connections of one source; 0 = no limit")
     max_waiting: int = _limit(10_000, "boxes waited for in long polls; 0 = no limit")
@@ -335,8 +335,8 @@ def hash_answer(answer: str) -> bytes:
 
 # ---------------------------------------------------------------------------------------
 # The store: what is kept, and nothing of the protocol. Every method takes the caller's
-# time in microseconds; the store's own time is the larger of that and its row, and never
-# runs backwards. A store raises StoreError and nothing else.
+# time in microseconds. A write raises the store's own time to it, and uses whichever is
+# larger; Relay.sweep has the caller catch up. A store raises StoreError and nothing else.
 # ---------------------------------------------------------------------------------------
 
 
@@ -434,36 +434,30 @@ SCHEMA = (
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
 
-# ?1 is always the box, ?2 the caller's time.
-LOOK = """SELECT
-    EXISTS (SELECT 1 FROM messages WHERE box = ?1 AND at > ?3
-            AND expires_us > max(?2, (SELECT time_us FROM relay))),
-    (SELECT expires_us FROM boxes WHERE box = ?1
-            AND expires_us > max(?2, (SELECT time_us FROM relay)))"""
+# ?1 is the box, ?2 the time of the reader (of the relay, in a write).
+LOOK = """SELECT EXISTS (SELECT 1 FROM messages WHERE box = ?1 AND at > ?3 AND expires_us > ?2),
+    (SELECT expires_us FROM boxes WHERE box = ?1 AND expires_us > ?2)"""
 MESSAGES = """SELECT messages.at, messages.data FROM messages JOIN
-    (SELECT at, size, sum(size) OVER (ORDER BY at) AS total FROM messages WHERE box = ?1 AND at > ?3
-     AND expires_us > max(?2, (SELECT time_us FROM relay)) ORDER BY at LIMIT ?4) AS page
+    (SELECT at, size, sum(size) OVER (ORDER BY at) AS total FROM messages
+     WHERE box = ?1 AND at > ?3 AND expires_us > ?2 ORDER BY at LIMIT ?4) AS page
     ON page.at = messages.at WHERE page.total <= ?5 OR page.total = page.size ORDER BY messages.at"""
 ARRIVALS = "SELECT at, box FROM messages WHERE at > ? ORDER BY at"
-QUESTION = """SELECT question FROM challenges WHERE box = ?1 AND made_us > ?3
-    AND expires_us > max(?2, (SELECT time_us FROM relay)) ORDER BY made_us DESC LIMIT 1"""
-ANSWERS = """SELECT answer_sha256 FROM challenges WHERE box = ?1
-    AND expires_us > max(?2, (SELECT time_us FROM relay))"""
+QUESTION = """SELECT question FROM challenges WHERE box = ?1 AND made_us > ?3 AND expires_us > ?2
+    ORDER BY made_us DESC LIMIT 1"""
+ANSWERS = "SELECT answer_sha256 FROM challenges WHERE box = ?1 AND expires_us > ?2"
 BOX_CONTENT = """SELECT count(*), coalesce(sum(size), 0), coalesce(min(expires_us), 0),
     coalesce(sum(source = ?3), 0), coalesce(sum(size * (source = ?3)), 0),
     coalesce(min(iif(source = ?3, expires_us, NULL)), 0),
     EXISTS (SELECT 1 FROM boxes WHERE box = ?1 AND expires_us > ?2)
     FROM messages WHERE box = ?1 AND expires_us > ?2"""
-ADD_MESSAGE = """INSERT INTO messages (at, box, expires_us, source, size, data)
-    VALUES (?, ?, ?, ?, ?, ?)"""
+ADD_MESSAGE = "INSERT INTO messages (at, box, expires_us, source, size, data) VALUES (?, ?, ?, ?, ?, ?)"
 ADD_QUESTION = """INSERT OR REPLACE INTO challenges (box, made_us, question, answer_sha256, expires_us)
     VALUES (?, ?, ?, ?, ?)"""
 ADD_BOX = "INSERT OR IGNORE INTO boxes (box, expires_us) VALUES (?, ?)"
 KEEP_BOX = "UPDATE boxes SET expires_us = max(expires_us, ?2) WHERE box = ?1"
-EXPIRED = """WITH now (us) AS (SELECT max(?1, time_us) FROM relay) SELECT
-    EXISTS (SELECT 1 FROM messages WHERE expires_us <= (SELECT us FROM now))
-    OR EXISTS (SELECT 1 FROM challenges WHERE expires_us <= (SELECT us FROM now))
-    OR EXISTS (SELECT 1 FROM boxes WHERE expires_us <= (SELECT us FROM now))"""
+EXPIRED = """SELECT EXISTS (SELECT 1 FROM messages WHERE expires_us <= ?1)
+    OR EXISTS (SELECT 1 FROM challenges WHERE expires_us <= ?1)
+    OR EXISTS (SELECT 1 FROM boxes WHERE expires_us <= ?1)"""
 SWEEP_MESSAGES = """DELETE FROM messages WHERE at IN (SELECT at FROM messages
     WHERE expires_us <= ?1 ORDER BY expires_us LIMIT ?2) RETURNING size"""
 SWEEP_CHALLENGES = """DELETE FROM challenges WHERE (box, made_us) IN (SELECT box, made_us FROM challenges
@@ -475,8 +469,8 @@ WRITE_RELAY = "UPDATE relay SET time_us = ?, last_at = ?, bytes = ?, boxes = ?"
 
 COMMIT_BATCH = 32  # writes in one transaction: 1 MiB of messages, a few milliseconds
 SWEEP_ROWS = 128  # rows of a table deleted in one transaction: a few milliseconds
-RESERVE_BYTES = 8 << 20  # kept back on the disk: room for questions and sweeps when it is full
-CHECKPOINT_EVERY_US = 5 * SECOND_US  # after a deletion, until it is gone from the WAL as well
+RESERVE_BYTES = 4 << 20  # kept back on the disk: room for questions and sweeps when it is full
+CHECKPOINT_EVERY_US = 5 * SECOND_US  # after a deletion or a full disk, so as to spare the disk
 BUSY_TIMEOUT_S = 1.0  # for a reader that is in the way of a checkpoint
 
 # What an error of SQLite means to whoever runs the relay.
@@ -544,7 +538,7 @@ class SqliteStore:
         self._queue: collections.deque[_Ticket] = collections.deque()
         self._connections: list[sqlite3.Connection] = []
         self._readers: list[sqlite3.Connection] = []  # those that are idle
-        self._deleted_us: int | None = None  # since when a deletion waits for its checkpoint
+        self._overdue_us: int | None = None  # when the WAL must be emptied, for what was deleted is in it
         self._lock_file = -1 if self._in_memory else self._create_files()
         try:
             with self._lock, self._exclusive():
@@ -788,11 +782,11 @@ class SqliteStore:
             transaction.boxes -= boxes
             return max(len(sizes), challenges, boxes) == SWEEP_ROWS
 
-        more = False
-        if self._read(EXPIRED, now_us) == [(1,)]:
-            more = self._write(job)
-            self._deleted_us = now_us if self._deleted_us is None else self._deleted_us
-        if self._disk_full or (self._deleted_us is not None and now_us - self._deleted_us >= CHECKPOINT_EVERY_US):
+        swept = self._read(EXPIRED, now_us) == [(1,)]
+        more = swept and bool(self._write(job))
+        if self._overdue_us is None and (self._disk_full or swept):
+            self._overdue_us = now_us + CHECKPOINT_EVERY_US
+        if self._overdue_us is not None and self._overdue_us <= now_us:
             self._empty_wal()
         return more
 
@@ -817,7 +811,7 @@ class SqliteStore:
         try:
             with self._lock, self._exclusive():
                 if self._checkpoint():
-                    self._deleted_us = None
+                    self._overdue_us = None
                     self._disk_full = not self._make_reserve()
         except StoreFull:
             self._open_reserve()
@@ -1237,6 +1231,7 @@ _AUTHORITY = re.compile(r"https?://[^/?]*", re.IGNORECASE)
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 CLOSE = b"Connection: close\r\n"
 JSON = b"Content-Type: application/json\r\n"
+HTML = b"Content-Type: text/html; charset=utf-8\r\n"
 CORS = b"Access-Control-Allow-Origin: *\r\n"
 PREFLIGHT = (b"HTTP/1.1 204 No Content\r\n" + CORS + b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
              b"Access-Control-Allow-Headers: Content-Type\r\nAccess-Control-Max-Age: 86400\r\n")
@@ -1314,20 +1309,25 @@ def render(status: int, body: bytes, head: Head | None, headers: bytes) -> bytes
         b"" if head and head.keep_alive else CLOSE, b"" if head and head.method == "HEAD" else body)
 
 
+def render_json(status: int, body: object, head: Head | None, headers: bytes = b"") -> bytes:
+    """Return a reply whose body is JSON, and a line for whoever uses curl."""
+    return render(status, json.dumps(body).encode("ascii") + b"\n", head, JSON + headers)
+
+
 def render_reply(reply: Reply, head: Head | None = None, headers: bytes = b"") -> bytes:
     """Return a reply of the core as HTTP, `retry` also as a header."""
     if isinstance(reply.body, dict) and "retry" in reply.body:
         headers += b"Retry-After: %d\r\n" % reply.body["retry"]
-    return render(reply.status, json.dumps(reply.body).encode("ascii"), head, JSON + headers)
+    return render_json(reply.status, reply.body, head, headers)
 
 
 def render_page(document: Mapping[str, Any], head: Head) -> bytes:
     """Return the relay's document: JSON for apps that ask for it, a page for people."""
     if head.wants_json:
-        return render(200, json.dumps(document).encode("ascii"), head, JSON + b"Vary: Accept\r\n")
+        return render_json(200, document, head, b"Vary: Accept\r\n")
     texts = {name: html.escape(str(document[name])) for name in ("name", "description", "version")}
     page = PAGE.format(minutes=document["retention"]["message"] // 60, **texts)
-    return render(200, page.encode("utf-8"), head, b"Content-Type: text/html; charset=utf-8\r\nVary: Accept\r\n")
+    return render(200, page.encode("utf-8"), head, HTML + b"Vary: Accept\r\n")
 
 
 # ---------------------------------------------------------------------------------------
@@ -1732,7 +1732,7 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _send(self, client: _Client, payload: bytes) -> _Steps[None]:
         """Send a whole reply, as fast as the client takes it."""
-        client.deadline_s = self._now_s + self.limits.request_timeout_s
+        client.deadline_s = self._now_s + self.limits.idle_timeout_s
         unsent = memoryview(payload)
         while unsent:
             try:
@@ -1815,7 +1815,7 @@ def flag_of(limit: str) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line: README.md, "Flags"."""
     parser = argparse.ArgumentParser(
-        prog="connectoid_relay.py", description="Keep small encrypted messages for an hour.",
+        prog="connectoid_relay.py", usage="%(prog)s [flag ...]", description="Keep small encrypted messages for an hour.",
         epilog="The defaults suit a Raspberry Pi. Stop it with Ctrl-C or SIGTERM.")
     parser.add_argument("--version", action="version", version=f"connectoid relay {__version__}")
     parser.add_argument("--host", default="", help="address to listen on (default: all, IPv6 and IPv4)")
@@ -1850,17 +1850,14 @@ def raise_file_limit(max_connections: int) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Run a relay until SIGTERM or SIGINT; raise StoreError or OSError if it cannot."""
     limits = Limits(**{limit.name: getattr(arguments, limit.name) for limit in fields(Limits)})
+    raise_file_limit(limits.max_connections)
     relay = Relay(SqliteStore(arguments.db, sync=arguments.sync), limits, log_ips=arguments.log_ips)
-    try:
-        raise_file_limit(limits.max_connections)
-        with RelayServer((arguments.host, arguments.port), relay, udp=arguments.udp) as server:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: server.stop())
-            host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
-            log.warning("connectoid relay %s listening on http://%s:%d", __version__, host, server.server_port)
-            server.serve_forever()
-    finally:
-        relay.close()
+    with contextlib.closing(relay), RelayServer((arguments.host, arguments.port), relay, udp=arguments.udp) as server:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.stop())
+        host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
+        log.warning("connectoid relay %s listening on http://%s:%d", __version__, host, server.server_port)
+        server.serve_forever()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
