@@ -1852,7 +1852,8 @@ def serve(arguments: argparse.Namespace) -> None:
     limits = Limits(**{limit.name: getattr(arguments, limit.name) for limit in fields(Limits)})
     raise_file_limit(limits.max_connections)
     relay = Relay(SqliteStore(arguments.db, sync=arguments.sync), limits, log_ips=arguments.log_ips)
-    with contextlib.closing(relay), RelayServer((arguments.host, arguments.port), relay, udp=arguments.udp) as server:
+    address = (arguments.host, arguments.port)
+    with contextlib.closing(relay), RelayServer(address, relay, udp=arguments.udp) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
