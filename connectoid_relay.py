@@ -1815,7 +1815,8 @@ def flag_of(limit: str) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line: README.md, "Flags"."""
     parser = argparse.ArgumentParser(
-        prog="connectoid_relay.py", usage="%(prog)s [flag ...]", description="Keep small encrypted messages for an hour.",
+        prog="connectoid_relay.py", usage="%(prog)s [flag ...]",
+        description="Keep small encrypted messages for an hour.",
         epilog="The defaults suit a Raspberry Pi. Stop it with Ctrl-C or SIGTERM.")
     parser.add_argument("--version", action="version", version=f"connectoid relay {__version__}")
     parser.add_argument("--host", default="", help="address to listen on (default: all, IPv6 and IPv4)")
