@@ -1617,6 +1617,8 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 yield from self._send(client, payload)
                 if self._stopping:
                     return
+                if client.incoming:  # the next request is here, but the others have a turn first
+                    yield WRITE
         except Refusal as refusal:
             yield from self._refuse(client, refusal)
 
