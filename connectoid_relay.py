@@ -700,9 +700,9 @@ class SqliteStore:
     # Methods of Store
 
     def time_us(self) -> int:
-        """Return the store's time: that of the last write, or a little more."""
-        ((time_us, last_at, _, _),) = self._read(READ_RELAY)
-        return max(int(time_us), int(last_at))
+        """Return the store's time as it was last raised."""
+        ((time_us, *_),) = self._read(READ_RELAY)
+        return int(time_us)
 
     def put(self, message: Message, limits: Limits, now_us: int) -> int:
         """Keep a message durably and return its `at`; raise NoRoom or StoreFull."""
