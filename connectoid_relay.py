@@ -92,7 +92,7 @@ PROBE_EVERY_US = 5_000_000  # /health asks the store no more often than this
 SWEEPER_LATE_US = 60_000_000  # after so long without a sweep /health says so
 
 SWEEP_EVERY_S = 1.0  # when there was nothing more to delete
-SWEEP_PAUSE_S = 0.005  # between two steps when there is more
+SWEEP_PAUSE_S = 0.001  # between two steps when there is more
 SWEEP_RETRY_S = 5.0  # after a failure
 POOL_THREADS = 16  # do what waits for the disk or a seal; so many sends share a commit
 LISTEN_BACKLOG = 1_024  # connections that the kernel holds for us
@@ -468,7 +468,7 @@ READ_RELAY = "SELECT time_us, last_at, bytes, boxes FROM relay"
 WRITE_RELAY = "UPDATE relay SET time_us = ?, last_at = ?, bytes = ?, boxes = ?"
 
 COMMIT_BATCH = 32  # writes in one transaction: 1 MiB of messages, a few milliseconds
-SWEEP_ROWS = 128  # rows of a table deleted in one transaction: a few milliseconds
+SWEEP_ROWS = 16  # rows of a table deleted in one transaction: half a MiB, fits a small reserve
 RESERVE_BYTES = 4 << 20  # kept back on the disk: room for questions and sweeps when it is full
 CHECKPOINT_EVERY_US = 5 * SECOND_US  # after a deletion or a full disk, so as to spare the disk
 BUSY_TIMEOUT_S = 1.0  # for a reader that is in the way of a checkpoint
@@ -538,17 +538,14 @@ class SqliteStore:
         self._queue: collections.deque[_Ticket] = collections.deque()
         self._connections: list[sqlite3.Connection] = []
         self._readers: list[sqlite3.Connection] = []  # those that are idle
-        self._overdue_us: int | None = None  # when the WAL must be emptied, for what was deleted is in it
+        self._overdue_us: int | None = 0  # when the WAL must be emptied: what was deleted is still in it
+        self._disk_full = self._closed = False
         self._lock_file = -1 if self._in_memory else self._create_files()
         try:
-            with self._lock, self._exclusive():
-                self._db = self._connect()
-                self._prepare()
-                self._reserve_bytes = self._choose_reserve()
-                self._disk_full = not self._make_reserve()
-        except StoreError:
-            self._disconnect()
-            raise
+            self._open()
+        except StoreFull:  # others have filled the disk while we were away
+            self._open_reserve()
+            self._open()
 
     # Opening and closing
 
@@ -561,29 +558,61 @@ class SqliteStore:
         except OSError as error:
             raise StoreError(f"{self._path}: {error.strerror}; choose another file with --db") from None
 
+    def _open(self) -> None:
+        try:
+            with self._lock, self._exclusive():
+                if not self._in_memory:
+                    self._look_before_opening()
+                self._db = self._connect()
+                self._prepare()
+                self._reserve_bytes = self._choose_reserve()
+                self._disk_full = not self._make_reserve()
+        except StoreFull:
+            self._db.close()
+            raise
+        except StoreError:
+            self._disconnect()
+            raise
+
     def _connect(self) -> sqlite3.Connection:
+        if self._closed:
+            raise StoreError(f"{self._path} is closed")
         db = sqlite3.connect(self._path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         self._connections.append(db)
         db.execute("PRAGMA secure_delete = ON")
         db.execute("PRAGMA wal_autocheckpoint = 0")
         return db
 
-    def _prepare(self) -> None:
-        """Make the schema in an empty file; refuse one that is not ours before touching it."""
-        (owner,), (version,), (tables,) = (self._db.execute(sql).fetchone() for sql in (
+    def _look_before_opening(self) -> None:
+        """Refuse the file of another program while it is as that program left it, WAL and all."""
+        uri = Path(self._path).absolute().as_uri() + "?immutable=1"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+            self._check_owner(db)
+
+    def _check_owner(self, db: sqlite3.Connection) -> bool:
+        """Return whether the file is new; raise StoreError if it is neither that nor ours."""
+        (owner,), (version,), (tables,) = (db.execute(sql).fetchone() for sql in (
             "PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_schema"))
         if (owner, version, tables) == (0, 0, 0):
+            return True
+        if owner != APPLICATION_ID:
+            raise StoreError(f"{self._path} belongs to another program; choose another file with --db")
+        if version != SCHEMA_VERSION:
+            raise StoreError(f"{self._path} has schema {version}, this relay knows {SCHEMA_VERSION};"
+                             " choose another file with --db")
+        return False
+
+    def _prepare(self) -> None:
+        if self._check_owner(self._db):
             self._db.execute("PRAGMA journal_mode = WAL")
             for sql in ("BEGIN IMMEDIATE", *SCHEMA, "COMMIT"):
                 self._db.execute(sql)
-        elif owner != APPLICATION_ID:
-            raise StoreError(f"{self._path} belongs to another program; choose another file with --db")
-        elif version != SCHEMA_VERSION:
-            raise StoreError(f"{self._path} has schema {version}, this relay knows {SCHEMA_VERSION};"
-                             " choose another file with --db")
         # Fails here and now if the file cannot be written or the row has gone.
         if self._db.execute("UPDATE relay SET time_us = time_us").rowcount != 1:
-            raise StoreError(f"{self._path} is damaged; move the file away and start again")
+            raise self._damaged()
+
+    def _damaged(self) -> StoreError:
+        return StoreError(f"{self._path} {_MEANINGS[sqlite3.SQLITE_CORRUPT]} (no relay time)")
 
     def close(self) -> None:
         """Move everything from the WAL into the file and let go of both."""
@@ -594,6 +623,7 @@ class SqliteStore:
         self._disconnect()
 
     def _disconnect(self) -> None:
+        self._closed = True
         for db in self._connections:
             db.close()
         if self._lock_file >= 0:
@@ -627,15 +657,18 @@ class SqliteStore:
     def _write(self, job: Callable[[_Transaction], Any], *, durable: bool = False) -> Any:
         """Return the outcome of a job once it is committed; raise StoreError.
 
-        What is not a durable send belongs to the owners and may use up the reserve.
+        On a full disk room is made first by emptying the WAL, then by opening the reserve,
+        but that belongs to the owners: not to what is durable, as sends are.
         """
-        try:
-            return self._submit(_Ticket(job, durable))
-        except StoreFull:
-            self._open_reserve()
-            if durable:
-                raise
-            return self._submit(_Ticket(job, durable))
+        for make_room in (self._empty_wal, self._open_reserve):
+            try:
+                return self._submit(_Ticket(job, durable))
+            except StoreFull as error:
+                full = error
+                make_room()
+        if durable:
+            raise full
+        return self._submit(_Ticket(job, durable))
 
     def _submit(self, ticket: _Ticket) -> Any:
         """Whoever gets the lock commits for all who wait for it: one sync for many sends."""
@@ -668,7 +701,10 @@ class SqliteStore:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 changes = self._db.total_changes
-                transaction = _Transaction(self._db, *self._db.execute(READ_RELAY).fetchone())
+                row = self._db.execute(READ_RELAY).fetchone()
+                if row is None:
+                    raise self._damaged()
+                transaction = _Transaction(self._db, *row)
                 outcomes = [ticket.run(transaction) for ticket in batch]
                 if self._db.total_changes != changes:
                     self._db.execute(WRITE_RELAY, transaction.row())
@@ -701,8 +737,9 @@ class SqliteStore:
 
     def time_us(self) -> int:
         """Return the store's time as it was last raised."""
-        ((time_us, *_),) = self._read(READ_RELAY)
-        return int(time_us)
+        for time_us, *_ in self._read(READ_RELAY):
+            return int(time_us)
+        raise self._damaged()
 
     def put(self, message: Message, limits: Limits, now_us: int) -> int:
         """Keep a message durably and return its `at`; raise NoRoom or StoreFull."""
@@ -788,17 +825,18 @@ class SqliteStore:
             self._overdue_us = now_us + CHECKPOINT_EVERY_US
         if self._overdue_us is not None and self._overdue_us <= now_us:
             self._empty_wal()
+            self._disk_full = not self._make_reserve()
         return more
 
     def probe(self, now_us: int) -> None:
-        """Write the time for real and read it back; raise StoreError if that fails."""
+        """Write the time and read the tables for real; raise StoreError if that fails."""
         def job(transaction: _Transaction) -> None:
             transaction.db.execute("UPDATE relay SET time_us = ?", (transaction.raise_time(now_us),))
 
         if self._disk_full:
             raise StoreFull(f"{self._path}: the disk is full")
         self._write(job, durable=True)
-        self._read(READ_RELAY)
+        self.look(b"", 0, now_us)
 
     # The WAL, and room on the disk
 
@@ -807,14 +845,10 @@ class SqliteStore:
         return bool(self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0)
 
     def _empty_wal(self) -> None:
-        """Have deletions gone from the WAL; when the disk is full, see whether it still is."""
-        try:
-            with self._lock, self._exclusive():
-                if self._checkpoint():
-                    self._overdue_us = None
-                    self._disk_full = not self._make_reserve()
-        except StoreFull:
-            self._open_reserve()
+        """Have deletions gone from the WAL, if that can be done now."""
+        with contextlib.suppress(StoreError), self._lock, self._exclusive():
+            if self._checkpoint():
+                self._overdue_us = None
 
     def _shorten_wal(self) -> None:
         """Keep the WAL so short that the reserve has room for all that is in it."""
@@ -847,10 +881,10 @@ class SqliteStore:
 
     def _open_reserve(self) -> None:
         """Give the reserve to the owners: sends are refused from now on until it is back."""
-        with contextlib.suppress(StoreError, OSError), self._lock, self._exclusive():
-            self._disk_full = True
+        self._disk_full = True
+        with contextlib.suppress(OSError):
             Path(self._path + "-reserve").unlink(missing_ok=True)
-            self._checkpoint()
+        self._empty_wal()
 
 
 def _check_box(content: Sequence[int], size: int, limits: Limits) -> None:
@@ -955,6 +989,8 @@ class Relay:
         self._source_key = random_bytes(32)  # never written: no address can be guessed from the file
         self._seen_us: dict[bytes, int] = {}  # boxes with a check today, not yet written
         self._swept_us = self.now_us()
+        with contextlib.suppress(StoreError):  # let an older process with a slower clock know
+            store.probe(self.now_us())
         self._probed_us, self._ill = 0, ""  # what /health has to say, asked seldom
 
     def now_us(self) -> int:
@@ -1169,24 +1205,30 @@ class Relay:
         now_us = self.now_us()
         # Another process may have a clock that is ahead: without this ours would stand still.
         self._base_us += max(0, self.store.time_us() - now_us)
-        seen_us, self._seen_us = self._seen_us, {}
-        if seen_us:
-            self.store.keep_boxes(dict(seen_us), now_us)
-        more = self.store.sweep(self.now_us())
+        try:
+            self._write_seen()
+        finally:
+            more = self.store.sweep(self.now_us())
         self._swept_us = self.now_us()
         return more
+
+    def _write_seen(self) -> None:
+        seen_us = dict(self._seen_us)
+        if seen_us:
+            self.store.keep_boxes(seen_us, self.now_us())
+        for box in seen_us:
+            self._seen_us.pop(box, None)
 
     def health(self) -> Reply:
         """Return 200 while a write and a read of the store work and the sweeper lives; may block."""
         now_us = self.now_us()
         if now_us - self._probed_us >= PROBE_EVERY_US:
-            self._probed_us = now_us
+            self._probed_us, self._ill = now_us, "The store cannot be read or written."
             try:
                 self.store.probe(now_us)
                 self._ill = ""
             except StoreError as error:
                 self._complain(str(error))
-                self._ill = "The store cannot be read or written."
         late = now_us - self._swept_us > SWEEPER_LATE_US
         ill = "The sweeper has stopped." if late else self._ill
         return Refusal(BUSY, ill, retry_s=5).reply() if ill else Reply(200, {"ok": True})
@@ -1206,7 +1248,7 @@ class Relay:
     def close(self) -> None:
         """Write down who was seen and close the store."""
         with contextlib.suppress(StoreError):
-            self.store.keep_boxes(dict(self._seen_us), self.now_us())
+            self._write_seen()
         self.store.close()
 
 
@@ -1294,7 +1336,7 @@ def parse_head(octets: bytes) -> Head:
         path=_AUTHORITY.sub("", target.decode("ascii"), count=1).partition("?")[0] or "/",
         length=int(lengths[0]),
         keep_alive=minor == b"1" and b"close" not in header.get(b"connection", b"").lower(),
-        expects_continue=header.get(b"expect", b"").lower() == b"100-continue",
+        expects_continue=minor == b"1" and header.get(b"expect", b"").lower() == b"100-continue",
         wants_json=b"application/json" in header.get(b"accept", b""),
     )
 
@@ -1370,12 +1412,12 @@ _Steps: TypeAlias = Generator[int, Any, _T]  # yields events; at a deadline gets
 class _Client:
     """A connection: its socket, what came in and is not used yet, and how it goes on."""
 
-    __slots__ = ("counted", "cursor_us", "deadline_s", "events", "idle", "incoming", "socket", "source",
-                 "steps", "unsent")
+    __slots__ = ("counted", "cursor_us", "deadline_s", "events", "held", "idle", "incoming", "socket",
+                 "source", "steps")
 
     def __init__(self, connection: socket.socket, source: str) -> None:
         self.socket, self.source, self.events = connection, source, NOTHING
-        self.incoming, self.unsent = bytearray(), 0
+        self.incoming, self.held = bytearray(), 0  # held: bytes kept from one turn to another
         self.deadline_s = NEVER_S
         self.counted = True  # among the connections: a refused one no longer is
         self.idle = False  # nothing is lost if it is timed out now
@@ -1400,8 +1442,8 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._open: dict[str, int] = {}  # connections of each source, and of EVERYBODY
         self._waiting: dict[bytes, set[_Client]] = {}
         self._places = 0  # taken in _waiting
-        self._buffered = 0  # bytes in all buffers, counted anew at each tick
-        self._cursor_us = relay.store.time_us()  # of the newest message that the loop knows of
+        self._buffered = 0  # bytes held for all clients
+        self._cursor_us = relay.store.time_us() - 1  # up to which messages the loop knows all
         self._tasks: queue.SimpleQueue[tuple[_Client, Outcome] | None] = queue.SimpleQueue()
         self._done: collections.deque[tuple[_Client, Outcome]] = collections.deque()
         self._finished, self._no_more_sweeps = threading.Event(), threading.Event()
@@ -1486,7 +1528,7 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         while not self._no_more_sweeps.wait(pause_s):
             try:
                 pause_s = SWEEP_PAUSE_S if self.relay.sweep() else SWEEP_EVERY_S
-            except StoreError as error:
+            except Exception as error:
                 log.warning("connectoid relay: cannot sweep: %s", error)
                 pause_s = SWEEP_RETRY_S
 
@@ -1509,7 +1551,8 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._accepting = on
 
     def _turn(self, timeout_s: float) -> None:
-        for key, _ in self._selector.select(timeout_s):
+        until_tick_s = self._next_tick_s - time.monotonic()
+        for key, _ in self._selector.select(max(0.0, min(timeout_s, until_tick_s))):
             self._now_s = time.monotonic()
             if not isinstance(key.data, _Client):
                 key.data()
@@ -1524,7 +1567,6 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def _tick(self) -> None:
         """Do what is due: deadlines, messages of other processes, accepting again."""
         self._next_tick_s = self._now_s + TICK_S
-        self._buffered = sum(len(client.incoming) + client.unsent for client in self._clients)
         for client in [client for client in self._clients if client.deadline_s <= self._now_s]:
             self._resume(client, error=TimeoutError())
         self._wake_waiting()
@@ -1589,6 +1631,7 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def _close(self, client: _Client) -> None:
         client.steps.close()
         self._uncount(client)
+        self._hold(client, 0)
         self._clients.discard(client)
         self._watch(client, NOTHING)
         client.socket.close()
@@ -1650,10 +1693,14 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
             raise Refusal(TOO_SLOW, f"A request may take {limits.request_timeout_s} s.") from None
         body = bytes(incoming[:head.length])
         del incoming[:head.length]
+        self._hold(client, 0)
         return head, body
 
     def _more(self, client: _Client) -> _Steps[None]:
+        """Wait for more of a request, if we can bear to hold what is there so far."""
         while not self._receive(client):
+            if not self._hold(client, len(client.incoming)):
+                raise Refusal(BUSY, "Too much is under way.", retry_s=5)
             yield READ
 
     def _receive(self, client: _Client) -> bool:
@@ -1665,10 +1712,13 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if not chunk:
             raise ConnectionAbortedError
         client.incoming += chunk
-        self._buffered += len(chunk)
-        if self._buffered > self.limits.max_buffered_bytes:
-            raise Refusal(BUSY, "Too much is under way.", retry_s=5)
         return True
+
+    def _hold(self, client: _Client, size: int) -> bool:
+        """Note how many bytes we hold for a client; return whether we can bear all that we hold."""
+        self._buffered += size - client.held
+        client.held = size
+        return self._buffered <= self.limits.max_buffered_bytes
 
     def _answer(self, client: _Client, head: Head, body: bytes) -> _Steps[bytes]:
         """Return the whole reply to a request, when it is there."""
@@ -1707,7 +1757,7 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def _poll(self, client: _Client, wait: Wait, until_s: float) -> _Steps[Outcome]:
         """Hold a long poll until one of its boxes gets a message; return how to go on."""
         full = 0 < self.limits.max_waiting < self._places + len(wait.boxes)
-        if full or self._stopping or until_s - TICK_S <= self._now_s:
+        if full or self._stopping or client.incoming or until_s - TICK_S <= self._now_s:
             return wait.reply
         # What came between the look and now would otherwise be seen only at the next check.
         client.cursor_us, boxes = self.relay.arrivals(client.cursor_us)
@@ -1740,16 +1790,15 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
             try:
                 unsent = unsent[client.socket.send(unsent):]
             except BlockingIOError:
-                self._buffered += 0 if client.unsent else len(unsent)
-                client.unsent = len(unsent)
-                if self._buffered > self.limits.max_buffered_bytes:
+                if not self._hold(client, len(unsent)):
                     raise ConnectionAbortedError from None
                 yield WRITE
-        client.unsent = 0
+        self._hold(client, 0)
 
     def _refuse(self, client: _Client, refusal: Refusal) -> _Steps[None]:
         """Answer a request that was not read to its end; take what still comes, and close."""
         self._uncount(client)
+        client.idle = False
         yield from self._send(client, render_reply(refusal.reply()))
         if len(self._clients) - self._open.get(EVERYBODY, 0) > MAX_LINGERING:
             return
@@ -1873,9 +1922,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoreError as error:
         log.error("connectoid relay: %s", error)
         return 1
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError is a host name with impossible labels
         log.error("connectoid relay: cannot listen on port %d: %s; choose another with --host or --port",
-                  arguments.port, error.strerror)
+                  arguments.port, getattr(error, "strerror", error))
         return 1
     return 0
 
