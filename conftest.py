@@ -24,6 +24,9 @@ from connectoid_relay import CONTEXTS, Clock, Relay, RelayServer, SqliteStore
 
 ROOT = Path(__file__).parent
 START_US = 1_800_000_000_000_000  # 2027-01-15, by the fake clock
+SOURCE = "192.0.2.1"  # of requests where it does not matter
+OK: dict[str, Any] = {"ok": True}
+NOTHING: dict[str, Any] = {"ok": True, "found": False}
 SUITE = hpke.Suite(hpke.KEM.P384, hpke.KDF.HKDF_SHA384, hpke.AEAD.AES_256_GCM)
 
 
@@ -74,7 +77,7 @@ def receive(owner: Owner, answer: str, **members: Any) -> dict[str, Any]:
     return {"pub": owner.pub, "action": "receive", "answer": answer, **members}
 
 
-def answer_of(relay: Relay, owner: Owner, source: str = "192.0.2.1") -> str:
+def answer_of(relay: Relay, owner: Owner, source: str = SOURCE) -> str:
     """Check a box that has messages and return the answer to the question."""
     status, reply = relay.handle(check(owner), source)
     assert status == 200
