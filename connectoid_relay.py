@@ -1216,8 +1216,9 @@ class Relay:
         seen_us = dict(self._seen_us)
         if seen_us:
             self.store.keep_boxes(seen_us, self.now_us())
-        for box in seen_us:
-            self._seen_us.pop(box, None)
+        for box, until_us in seen_us.items():
+            if self._seen_us[box] == until_us:  # else it was checked again meanwhile, on another day
+                del self._seen_us[box]
 
     def health(self) -> Reply:
         """Return 200 while a write and a read of the store work and the sweeper lives; may block."""

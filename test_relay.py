@@ -1608,7 +1608,8 @@ class RelayAgainstModel(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        self.relay.sweep()
+        while self.relay.sweep():
+            pass
         self.model.sweep()
 
     @rule()
