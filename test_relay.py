@@ -3238,7 +3238,7 @@ def fill(answer_to: Callable[[dict[str, Any]], tuple[int, Any]], owner: Owner) -
 @pytest.mark.slow
 def test_full_disk_refuses_sends_and_serves_owners_until_messages_expire(
         cramped: Cramped, start: Callable[..., Process], alice: Owner, bob: Owner) -> None:
-    process = start("--db", str(cramped.directory / "relay.db"), "--message-ttl", "8", *ROOMY_FLAGS,
+    process = start("--db", str(cramped.directory / "relay.db"), "--message-ttl", "5", *ROOMY_FLAGS,
                     **cramped.options)
     answer_to = functools.partial(post, process.port)
     assert answer_to(send(alice)) == (200, OK)
