@@ -4020,6 +4020,12 @@ def test_missing_cryptography_is_said_in_one_sentence(modules: list[str], tmp_pa
     assert (imported.stdout, imported.stderr) == (finished.stderr, "")
 
 
+def test_memory_at_start_is_below_40_mib(start: Callable[..., Process]) -> None:
+    process = start()
+    status = Path(f"/proc/{process.popen.pid}/status").read_text("ascii")
+    assert int(status.partition("VmRSS:")[2].split()[0]) < 40 * 1024
+
+
 def test_file_alone_runs_in_an_empty_directory(tmp_path: Path, alice: Owner) -> None:
     shutil.copy(ROOT / PROGRAM, tmp_path)
     # -I: neither this directory nor the environment helps.
