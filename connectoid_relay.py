@@ -147,8 +147,9 @@ class Limits:
 
 
 # ---------------------------------------------------------------------------------------
-# Errors. ERRORS is the table of PROTOCOL.md; a Refusal is the only exception that becomes
-# a reply, and it becomes one in two places: Relay._guarded and RelayServer._converse.
+# Errors. ERRORS is the table of PROTOCOL.md. A Refusal may be raised anywhere below; it
+# becomes a reply in two places: Relay._guarded for a request, RelayServer._converse for
+# the HTTP around it.
 # ---------------------------------------------------------------------------------------
 
 
@@ -1064,8 +1065,7 @@ class Relay:
         return operations[action](self, request, box, source)
 
     def _admit(self, source: str) -> None:
-        retry_s = self._requests.take(source, self.now_us())
-        if retry_s:
+        if retry_s := self._requests.take(source, self.now_us()):
             self._complain(f"{source if self._log_ips else 'a source'} asks too often")
             raise Refusal(TOO_OFTEN, f"More than {self.limits.rate} requests in a minute.", retry_s)
 
@@ -1114,8 +1114,7 @@ class Relay:
         now_us, ttl_us = self.now_us(), self.limits.question_ttl_s * SECOND_US
         question = self.store.question(box, now_us - ttl_us // 2, now_us)
         if question is None:
-            retry_s = self._seals.take(source, now_us)
-            if retry_s:
+            if retry_s := self._seals.take(source, now_us):
                 raise Refusal(TOO_OFTEN, f"More than {self.limits.max_seals} questions in a minute.", retry_s)
             answer = encode_base64url(self._random_bytes(ANSWER_BYTES))
             made = (seal_question(box, answer), hash_answer(answer))
@@ -1143,8 +1142,7 @@ class Relay:
         if not any(right):
             raise Refusal(WRONG_ANSWER, "Check again for a new question.")
         self._prove(box, at_us)
-        messages = [{"at": at, "data": sealed}
-                    for at, sealed in self.store.messages(box, at_us, limit, now_us)]
+        messages = [{"at": at, "data": sealed} for at, sealed in self.store.messages(box, at_us, limit, now_us)]
         if not messages:
             return _nothing()
         return Reply(200, {"ok": True, **messages[0]} if limit == 1 else {"ok": True, "messages": messages})
@@ -1165,9 +1163,7 @@ class Relay:
     def _keep(self, box: bytes, sealed: str, source: str) -> Reply:
         now_us = self.now_us()
         read_public_key(box)  # nothing is kept for a box that nobody can open
-        retry_s = (self._sends.take((box, source), now_us)
-                   or self._sent_bytes.take(source, now_us, len(sealed)))
-        if retry_s:
+        if retry_s := self._sends.take((box, source), now_us) or self._sent_bytes.take(source, now_us, len(sealed)):
             raise Refusal(TOO_OFTEN, "Too many messages from one source.", retry_s)
         message = Message(box, sealed, self._hash_source(source), self.limits.message_ttl_s * SECOND_US)
         try:
@@ -1254,9 +1250,7 @@ class Relay:
 
 
 _Operation: TypeAlias = Callable[[Relay, Mapping[str, Any], bytes, str], Outcome]
-_OPERATIONS: Mapping[str, _Operation] = {
-    "send": Relay._send, "check": Relay._check, "receive": Relay._receive,
-}
+_OPERATIONS: Mapping[str, _Operation] = {"send": Relay._send, "check": Relay._check, "receive": Relay._receive}
 _BATCH_OPERATIONS: Mapping[str, _Operation] = {"check": Relay._check}
 
 
@@ -1830,8 +1824,7 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         with contextlib.suppress(OSError):  # no more, or one that cannot be answered
             for _ in range(ACCEPT_BATCH):
                 datagram, address = self._udp.recvfrom(MAX_DATAGRAM_BYTES)
-                reply = answer_datagram(self.relay, datagram)
-                if reply:
+                if reply := answer_datagram(self.relay, datagram):
                     self._udp.sendto(reply, address)
 
 
