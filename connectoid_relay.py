@@ -466,7 +466,7 @@ SWEEP_CHALLENGES = """DELETE FROM challenges WHERE (box, made_us) IN (SELECT box
 SWEEP_BOXES = """DELETE FROM boxes WHERE box IN (SELECT box FROM boxes
     WHERE expires_us <= ?1 ORDER BY expires_us LIMIT ?2)"""
 READ_RELAY = "SELECT time_us, last_at, bytes, boxes FROM relay"
-WRITE_RELAY = "UPDATE relay SET time_us = ?, last_at = ?, bytes = ?, boxes = ?"
+WRITE_RELAY = "UPDATE relay SET time_us = :time_us, last_at = :last_at, bytes = :bytes, boxes = :boxes"
 
 COMMIT_BATCH = 32  # writes in one transaction: 1 MiB of messages, a few milliseconds
 SWEEP_ROWS = 16  # rows of a table deleted in one transaction: half a MiB, fits a small reserve
@@ -499,9 +499,6 @@ class _Transaction:
         self.time_us = max(self.time_us, now_us)
         return self.time_us
 
-    def row(self) -> tuple[int, int, int, int]:
-        return self.time_us, self.last_at, self.bytes, self.boxes
-
 
 class _Ticket(concurrent.futures.Future[Any]):
     """A write that waits for its commit."""
@@ -533,7 +530,7 @@ class SqliteStore:
     """
 
     def __init__(self, path: str = "connectoid.db", *, sync: str = "full") -> None:
-        self._path, self._in_memory = path, path == ":memory:"
+        self._path, self._reserve, self._in_memory = path, Path(path + "-reserve"), path == ":memory:"
         self._durable = {"full": "PRAGMA synchronous = FULL", "normal": "PRAGMA synchronous = NORMAL"}[sync]
         self._lock = threading.Lock()  # one writer at a time; the file's lock is for other processes
         self._queue: collections.deque[_Ticket] = collections.deque()
@@ -661,6 +658,8 @@ class SqliteStore:
         On a full disk room is made first by emptying the WAL, then by opening the reserve,
         but that belongs to the owners: not to what is durable, as sends are.
         """
+        if durable and self._disk_full:
+            raise StoreFull(f"{self._path}: the disk is full")
         for make_room in (self._empty_wal, self._open_reserve):
             try:
                 return self._submit(_Ticket(job, durable))
@@ -708,7 +707,7 @@ class SqliteStore:
                 transaction = _Transaction(self._db, *row)
                 outcomes = [ticket.run(transaction) for ticket in batch]
                 if self._db.total_changes != changes:
-                    self._db.execute(WRITE_RELAY, transaction.row())
+                    self._db.execute(WRITE_RELAY, vars(transaction))
                     self._db.execute("COMMIT")
                 return outcomes
             finally:
@@ -760,8 +759,6 @@ class SqliteStore:
             transaction.db.execute(ADD_MESSAGE, (at, box, at + ttl_us, source, len(sealed), sealed))
             return at
 
-        if self._disk_full:  # what is left belongs to the owners
-            raise StoreFull(f"{self._path}: the disk is full")
         return int(self._write(job, durable=True))
 
     def look(self, box: bytes, at_us: int, now_us: int) -> Look:
@@ -834,8 +831,6 @@ class SqliteStore:
         def job(transaction: _Transaction) -> None:
             transaction.db.execute("UPDATE relay SET time_us = ?", (transaction.raise_time(now_us),))
 
-        if self._disk_full:
-            raise StoreFull(f"{self._path}: the disk is full")
         self._write(job, durable=True)
         self.look(b"", 0, now_us)
 
@@ -871,12 +866,12 @@ class SqliteStore:
 
     def _make_reserve(self) -> bool:
         """Take room that nobody else can use; return False if there is none."""
-        reserve = Path(self._path + "-reserve")
+        size = self._reserve_bytes
         try:
-            if self._reserve_bytes and not (reserve.exists() and reserve.stat().st_size == self._reserve_bytes):
-                reserve.write_bytes(bytes(self._reserve_bytes))
+            if size and not (self._reserve.exists() and self._reserve.stat().st_size == size):
+                self._reserve.write_bytes(bytes(size))
         except OSError:
-            reserve.unlink(missing_ok=True)
+            self._reserve.unlink(missing_ok=True)
             return False
         return True
 
@@ -884,7 +879,7 @@ class SqliteStore:
         """Give the reserve to the owners: sends are refused from now on until it is back."""
         self._disk_full = True
         with contextlib.suppress(OSError):
-            Path(self._path + "-reserve").unlink(missing_ok=True)
+            self._reserve.unlink(missing_ok=True)
         self._empty_wal()
 
 
