@@ -519,6 +519,17 @@ def counted_bytes(size: int) -> int:
     return max(size, MIN_COUNTED_BYTES)
 
 
+def _check_box(content: Sequence[int], size: int, limits: Limits) -> None:
+    """Raise NoRoom if a box with this content (BOX_CONTENT) has none for a message of this size."""
+    messages, total, until_us, own_messages, own_total, own_until_us = content
+    share_messages = max(1, limits.max_box_messages // SOURCE_SHARE)
+    share_bytes = limits.max_box_bytes // SOURCE_SHARE
+    if own_messages >= share_messages or (own_messages and own_total + size > share_bytes):
+        raise NoRoom("source", own_until_us)
+    if messages >= limits.max_box_messages or total + size > limits.max_box_bytes:
+        raise NoRoom("box", until_us)
+
+
 class SqliteStore:
     """Keep everything in one SQLite file in WAL mode, or in ":memory:".
 
@@ -881,17 +892,6 @@ class SqliteStore:
         with contextlib.suppress(OSError):
             self._reserve.unlink(missing_ok=True)
         self._empty_wal()
-
-
-def _check_box(content: Sequence[int], size: int, limits: Limits) -> None:
-    """Raise NoRoom if a box with this content (BOX_CONTENT) has none for a message of this size."""
-    messages, total, until_us, own_messages, own_total, own_until_us = content
-    share_messages = max(1, limits.max_box_messages // SOURCE_SHARE)
-    share_bytes = limits.max_box_bytes // SOURCE_SHARE
-    if own_messages >= share_messages or (own_messages and own_total + size > share_bytes):
-        raise NoRoom("source", own_until_us)
-    if messages >= limits.max_box_messages or total + size > limits.max_box_bytes:
-        raise NoRoom("box", until_us)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1260,6 +1260,7 @@ _HEAD = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n((?:" + _FIE
 _HOPELESS = re.compile(rb"\x00|(?<!\r)\n|\r(?!\n|\Z)")  # TLS, for one, has a NUL at once
 _LENGTH = re.compile(rb"[0-9]{1,9}")
 _AUTHORITY = re.compile(r"https?://[^/?]*", re.IGNORECASE)
+_METHODS = {"/": ("GET", "HEAD", "POST", "OPTIONS"), "/health": ("GET", "HEAD", "OPTIONS")}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 CLOSE = b"Connection: close\r\n"
 JSON = b"Content-Type: application/json\r\n"
@@ -1341,22 +1342,17 @@ def render(status: int, body: bytes, head: Head | None, headers: bytes) -> bytes
         b"" if head and head.keep_alive else CLOSE, b"" if head and head.method == "HEAD" else body)
 
 
-def render_json(status: int, body: object, head: Head | None, headers: bytes = b"") -> bytes:
-    """Return a reply whose body is JSON, and a line for whoever uses curl."""
-    return render(status, json.dumps(body).encode("ascii") + b"\n", head, JSON + headers)
-
-
 def render_reply(reply: Reply, head: Head | None = None, headers: bytes = b"") -> bytes:
-    """Return a reply of the core as HTTP, `retry` also as a header."""
+    """Return a reply of the core as HTTP: `retry` also as a header, an end of line for whoever uses curl."""
     if isinstance(reply.body, dict) and "retry" in reply.body:
         headers += b"Retry-After: %d\r\n" % reply.body["retry"]
-    return render_json(reply.status, reply.body, head, headers)
+    return render(reply.status, json.dumps(reply.body).encode("ascii") + b"\n", head, JSON + headers)
 
 
-def render_page(document: Mapping[str, Any], head: Head) -> bytes:
+def render_page(document: dict[str, Any], head: Head) -> bytes:
     """Return the relay's document: JSON for apps that ask for it, a page for people."""
     if head.wants_json:
-        return render_json(200, document, head, b"Vary: Accept\r\n")
+        return render_reply(Reply(200, document), head, b"Vary: Accept\r\n")
     texts = {name: html.escape(str(document[name])) for name in ("name", "description", "version")}
     page = PAGE.format(minutes=document["retention"]["message"] // 60, **texts)
     return render(200, page.encode("utf-8"), head, HTML + b"Vary: Accept\r\n")
@@ -1413,6 +1409,11 @@ class _Client:
         self.idle = False  # nothing is lost if it is timed out now
         self.cursor_us = 0  # up to which messages its check has certainly seen
         self.steps: _Steps[None]
+
+
+def _take_ipv4_too(unbound: socket.socket) -> None:
+    if unbound.family == socket.AF_INET6:
+        unbound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
 
 
 class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
@@ -1821,14 +1822,6 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 datagram, address = self._udp.recvfrom(MAX_DATAGRAM_BYTES)
                 if reply := answer_datagram(self.relay, datagram):
                     self._udp.sendto(reply, address)
-
-
-_METHODS = {"/": ("GET", "HEAD", "POST", "OPTIONS"), "/health": ("GET", "HEAD", "OPTIONS")}
-
-
-def _take_ipv4_too(unbound: socket.socket) -> None:
-    if unbound.family == socket.AF_INET6:
-        unbound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
 
 
 # ---------------------------------------------------------------------------------------
