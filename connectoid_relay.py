@@ -1442,7 +1442,9 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._stop_asked = self._stopping = False  # stopping: no new connections, no waits
         self._now_s = self._next_tick_s = self._drained_by_s = time.monotonic()
         self._wake_reader, self._wake_writer = socket.socketpair()
-        self._accepting = False
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._selector.register(self._wake_reader, READ, self._finish_tasks)
         self._udp: socket.socket | None = None
         host = server_address[0]
         self.address_family = (socket.getaddrinfo(host, None)[0][0] if host else
@@ -1457,20 +1459,23 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Bind without asking the DNS for our name; replies are not held back (Nagle)."""
         _take_ipv4_too(self.socket)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited
+        self.socket.setblocking(False)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
-        """Serve until shutdown or stop is called; then answer who waits and return."""
+        """Serve until shutdown or stop is called; then answer who waits and return.
+
+        Nothing is polled for: poll_interval is there because http.server has it.
+        """
         self._finished.clear()
         threads = [threading.Thread(target=body, daemon=True)
                    for body in (self._sweep, *[self.process_request_thread] * POOL_THREADS)]
         for thread in threads:
             thread.start()
         try:
-            self._open_for_business()
             while not (self._stopping and (not self._clients or self._now_s > self._drained_by_s)):
-                self._turn(poll_interval)
+                self._turn()
         finally:
             self._no_more_sweeps.set()
             for _ in range(POOL_THREADS):
@@ -1525,25 +1530,9 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     # The loop
 
-    def _open_for_business(self) -> None:
-        for opened, ready in ((self._wake_reader, self._finish_tasks), (self._udp, self._answer_datagrams)):
-            if opened is not None:
-                opened.setblocking(False)
-                self._selector.register(opened, READ, ready)
-        self._wake_writer.setblocking(False)
-        self.socket.setblocking(False)
-        self._accept(True)
-
-    def _accept(self, on: bool) -> None:
-        if on and not self._accepting:
-            self._selector.register(self.socket, READ, self._take_connections)
-        elif self._accepting and not on:
-            self._selector.unregister(self.socket)
-        self._accepting = on
-
-    def _turn(self, timeout_s: float) -> None:
-        until_tick_s = self._next_tick_s - time.monotonic()
-        for key, _ in self._selector.select(max(0.0, min(timeout_s, until_tick_s))):
+    def _turn(self) -> None:
+        """Do what the sockets ask for, at the latest when the next tick is due."""
+        for key, _ in self._selector.select(self._next_tick_s - time.monotonic()):
             self._now_s = time.monotonic()
             if not isinstance(key.data, _Client):
                 key.data()
@@ -1556,18 +1545,20 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self._drain()
 
     def _tick(self) -> None:
-        """Do what is due: deadlines, messages of other processes, accepting again."""
+        """Do what is due: deadlines, messages of other processes, accepting (again)."""
         self._next_tick_s = self._now_s + TICK_S
         for client in [client for client in self._clients if client.deadline_s <= self._now_s]:
             self._resume(client, error=TimeoutError())
         self._wake_waiting()
         if not self._stopping:
-            self._accept(True)
+            with contextlib.suppress(KeyError):  # it was not interrupted
+                self._selector.register(self.socket, READ, self._take_connections)
 
     def _drain(self) -> None:
         """Stop accepting, answer who waits, let go of who is idle."""
         self._stopping, self._drained_by_s = True, self._now_s + DRAIN_S
-        self._accept(False)
+        with contextlib.suppress(KeyError):  # it is interrupted
+            self._selector.unregister(self.socket)
         self.socket.close()
         for client in [client for client in self._clients if client.idle]:
             self._resume(client, error=TimeoutError())
@@ -1579,7 +1570,7 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         except BlockingIOError:
             pass
         except OSError:  # out of files: until the next tick somebody may have gone
-            self._accept(False)
+            self._selector.unregister(self.socket)
 
     def _finish_tasks(self) -> None:
         """Take back from the threads what they have done."""
@@ -1813,15 +1804,15 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         except OSError:
             self.server_close()
             raise
+        self._udp.setblocking(False)
+        self._selector.register(self._udp, READ, functools.partial(self._answer_datagrams, self._udp))
 
-    def _answer_datagrams(self) -> None:
-        if self._udp is None:
-            return
+    def _answer_datagrams(self, udp: socket.socket) -> None:
         with contextlib.suppress(OSError):  # no more, or one that cannot be answered
             for _ in range(ACCEPT_BATCH):
-                datagram, address = self._udp.recvfrom(MAX_DATAGRAM_BYTES)
+                datagram, address = udp.recvfrom(MAX_DATAGRAM_BYTES)
                 if reply := answer_datagram(self.relay, datagram):
-                    self._udp.sendto(reply, address)
+                    udp.sendto(reply, address)
 
 
 # ---------------------------------------------------------------------------------------
