@@ -1405,7 +1405,7 @@ class _Client:
         self.socket, self.source, self.events = connection, source, NOTHING
         self.incoming, self.held = bytearray(), 0  # held: bytes kept from one turn to another
         self.deadline_s = NEVER_S
-        self.counted = True  # among the connections: a refused one no longer is
+        self.counted = False  # among the connections: a refused one no longer is
         self.idle = False  # nothing is lost if it is timed out now
         self.cursor_us = 0  # up to which messages its check has certainly seen
         self.steps: _Steps[None]
@@ -1416,7 +1416,7 @@ def _take_ipv4_too(unbound: socket.socket) -> None:
         unbound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
 
 
-class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
+class RelayServer(http.server.ThreadingHTTPServer):
     """Serve a relay over HTTP, and over UDP if asked: an http.server with other insides.
 
     `serve_forever`, `shutdown`, `server_close`, `server_port` and `with` are as usual; it
@@ -1427,10 +1427,13 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     request_queue_size = LISTEN_BACKLOG
 
     def __init__(self, server_address: tuple[str, int], relay: Relay, *, udp: bool = False) -> None:
+        host = server_address[0]
+        self.address_family = (socket.getaddrinfo(host, None)[0][0] if host else
+                               socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
         self.relay, self.limits = relay, relay.limits
         self._selector = selectors.DefaultSelector()
         self._clients: set[_Client] = set()
-        self._open: dict[str, int] = {}  # connections of each source, and of EVERYBODY
+        self._open: collections.Counter[str] = collections.Counter()  # connections per source, and of EVERYBODY
         self._waiting: dict[bytes, set[_Client]] = {}
         self._places = 0  # taken in _waiting
         self._buffered = 0  # bytes held for all clients
@@ -1446,9 +1449,6 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._wake_writer.setblocking(False)
         self._selector.register(self._wake_reader, READ, self._finish_tasks)
         self._udp: socket.socket | None = None
-        host = server_address[0]
-        self.address_family = (socket.getaddrinfo(host, None)[0][0] if host else
-                               socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
         super().__init__(server_address, http.server.BaseHTTPRequestHandler)
         if udp:
             self._bind_udp()
@@ -1469,8 +1469,8 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         Nothing is polled for: poll_interval is there because http.server has it.
         """
         self._finished.clear()
-        threads = [threading.Thread(target=body, daemon=True)
-                   for body in (self._sweep, *[self.process_request_thread] * POOL_THREADS)]
+        bodies = [self._sweep, *[self._work] * POOL_THREADS]
+        threads = [threading.Thread(target=body, daemon=True) for body in bodies]
         for thread in threads:
             thread.start()
         try:
@@ -1508,10 +1508,12 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         client = _Client(request, source_of(client_address[0]))
         client.steps = self._converse(client)
         self._clients.add(client)
-        self._count(client, 1)
+        self._count(client, True)
         self._resume(client)
 
-    def process_request_thread(self, *_: Any) -> None:
+    # The other threads
+
+    def _work(self) -> None:
         """Do what may take long, until there is None to do: the body of each pool thread."""
         while (task := self._tasks.get()) is not None:
             client, outcome = task
@@ -1612,22 +1614,19 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _close(self, client: _Client) -> None:
         client.steps.close()
-        self._uncount(client)
+        self._count(client, False)
         self._hold(client, 0)
         self._clients.discard(client)
         self._watch(client, NOTHING)
         client.socket.close()
 
-    def _uncount(self, client: _Client) -> None:
-        if client.counted:
-            client.counted = False
-            self._count(client, -1)
-
-    def _count(self, client: _Client, step: int) -> None:
+    def _count(self, client: _Client, counted: bool) -> None:
+        """Count a client among the connections, or no longer; it may be so already."""
         for key in (client.source, EVERYBODY):
-            self._open[key] = self._open.get(key, 0) + step
+            self._open[key] += counted - client.counted
             if not self._open[key]:
                 del self._open[key]
+        client.counted = counted
 
     # The life of a client
 
@@ -1648,10 +1647,9 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
             yield from self._refuse(client, refusal)
 
     def _check_room(self, client: _Client) -> None:
-        for key, limit in ((EVERYBODY, self.limits.max_connections),
-                           (client.source, self.limits.max_connections_per_source)):
-            if 0 < limit < self._open.get(key, 0):
-                whose = "of one source" if key else "in all"
+        for key, limit, whose in ((EVERYBODY, self.limits.max_connections, "in all"),
+                                  (client.source, self.limits.max_connections_per_source, "of one source")):
+            if 0 < limit < self._open[key]:
                 raise Refusal(BUSY, f"There are {limit} connections {whose}.", retry_s=10)
 
     def _next_request(self, client: _Client) -> _Steps[tuple[Head, bytes]]:
@@ -1722,7 +1720,7 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return render_reply(outcome, head._replace(keep_alive=False) if self._stopping else head)
 
     def _route(self, client: _Client, head: Head, body: bytes) -> Outcome | bytes:
-        methods = _METHODS.get(head.path, "")
+        methods = _METHODS.get(head.path, ())
         if head.method == "OPTIONS":
             return PREFLIGHT + (b"" if head.keep_alive else CLOSE) + b"\r\n"
         if not methods:
@@ -1779,20 +1777,21 @@ class RelayServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _refuse(self, client: _Client, refusal: Refusal) -> _Steps[None]:
         """Answer a request that was not read to its end; take what still comes, and close."""
-        self._uncount(client)
+        self._count(client, False)
         client.idle = False
         yield from self._send(client, render_reply(refusal.reply()))
-        if len(self._clients) - self._open.get(EVERYBODY, 0) > MAX_LINGERING:
+        if len(self._clients) - self._open[EVERYBODY] > MAX_LINGERING:
             return
         # Closing now would send a reset, which overtakes the reply.
         client.socket.shutdown(socket.SHUT_WR)
         client.incoming.clear()
         client.deadline_s = self._now_s + LINGER_S
-        to_drop = LINGER_BYTES
-        while to_drop > 0:
+        dropped = 0
+        while dropped < LINGER_BYTES:
             yield READ
-            dropped = len(client.socket.recv(RECV_BYTES))
-            to_drop -= dropped or LINGER_BYTES
+            if not (size := len(client.socket.recv(RECV_BYTES))):
+                return
+            dropped += size
 
     # UDP
 
