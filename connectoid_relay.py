@@ -495,19 +495,16 @@ class _Transaction:
     bytes: int
     boxes: int
 
-    def raise_time(self, now_us: int) -> int:
-        self.time_us = max(self.time_us, now_us)
-        return self.time_us
-
 
 class _Ticket(concurrent.futures.Future[Any]):
     """A write that waits for its commit."""
 
-    def __init__(self, job: Callable[[_Transaction], Any], durable: bool) -> None:
+    def __init__(self, job: Callable[[_Transaction], Any], now_us: int, durable: bool) -> None:
         super().__init__()
-        self.job, self.durable = job, durable
+        self.job, self.now_us, self.durable = job, now_us, durable
 
     def run(self, transaction: _Transaction) -> Any:
+        transaction.time_us = max(transaction.time_us, self.now_us)
         try:
             return self.job(transaction)
         except NoRoom as error:  # raised before anything was written: the others may go on
@@ -663,8 +660,8 @@ class SqliteStore:
         if self._lock_file >= 0:
             fcntl.flock(self._lock_file, operation)
 
-    def _write(self, job: Callable[[_Transaction], Any], *, durable: bool = False) -> Any:
-        """Return the outcome of a job once it is committed; raise StoreError.
+    def _write(self, job: Callable[[_Transaction], Any], now_us: int, *, durable: bool = False) -> Any:
+        """Return the outcome of a job once it is committed; raise StoreError. The job finds the time raised.
 
         On a full disk room is made first by emptying the WAL, then by opening the reserve,
         but that belongs to the owners: not to what is durable, as sends are.
@@ -673,13 +670,13 @@ class SqliteStore:
             raise StoreFull(f"{self._path}: the disk is full")
         for make_room in (self._empty_wal, self._open_reserve):
             try:
-                return self._submit(_Ticket(job, durable))
+                return self._submit(_Ticket(job, now_us, durable))
             except StoreFull as error:
                 full = error
                 make_room()
         if durable:
             raise full
-        return self._submit(_Ticket(job, durable))
+        return self._submit(_Ticket(job, now_us, durable))
 
     def _submit(self, ticket: _Ticket) -> Any:
         """Whoever gets the lock commits for all who wait for it: one sync for many sends."""
@@ -757,20 +754,18 @@ class SqliteStore:
         box, sealed, source, ttl_us = message
 
         def job(transaction: _Transaction) -> int:
-            time_us = max(transaction.time_us, now_us)
-            *content, proven = transaction.db.execute(BOX_CONTENT, (box, time_us, source)).fetchone()
+            *content, proven = transaction.db.execute(BOX_CONTENT, (box, transaction.time_us, source)).fetchone()
             _check_box(content, len(sealed), limits)
             # Strangers may fill two thirds; the last one is for boxes whose owner has shown up.
             room = limits.max_bytes * (3 if proven else 2) // 3
             if transaction.bytes + counted_bytes(len(sealed)) > room:
                 raise NoRoom("relay")
-            at = max(transaction.raise_time(now_us), transaction.last_at + 1)
-            transaction.last_at = at
+            transaction.last_at = at = max(transaction.time_us, transaction.last_at + 1)
             transaction.bytes += counted_bytes(len(sealed))
             transaction.db.execute(ADD_MESSAGE, (at, box, at + ttl_us, source, len(sealed), sealed))
             return at
 
-        return int(self._write(job, durable=True))
+        return int(self._write(job, now_us, durable=True))
 
     def look(self, box: bytes, at_us: int, now_us: int) -> Look:
         """Return whether the box has news, and until when its row lives."""
@@ -793,14 +788,14 @@ class SqliteStore:
     def put_question(self, box: bytes, question: tuple[str, bytes], ttl_us: int, now_us: int) -> str:
         """Keep a question unless another is still young; return the one to hand out."""
         def job(transaction: _Transaction) -> str:
-            time_us = transaction.raise_time(now_us)
+            time_us = transaction.time_us
             young = transaction.db.execute(QUESTION, (box, time_us, time_us - ttl_us // 2)).fetchone()
             if young:  # another check was faster
                 return str(young[0])
             transaction.db.execute(ADD_QUESTION, (box, time_us, *question, time_us + ttl_us))
             return question[0]
 
-        return str(self._write(job))
+        return str(self._write(job, now_us))
 
     def answers(self, box: bytes, now_us: int) -> list[bytes]:
         """Return the hashes of the answers that are good now."""
@@ -809,18 +804,17 @@ class SqliteStore:
     def keep_boxes(self, expiries_us: Mapping[bytes, int], now_us: int, room_for: int = 0) -> None:
         """Raise the expiry of box rows; make missing ones while there are fewer than room_for."""
         def job(transaction: _Transaction) -> None:
-            transaction.raise_time(now_us)
             for box, expires_us in expiries_us.items():
                 kept = transaction.db.execute(KEEP_BOX, (box, expires_us)).rowcount
                 if not kept and transaction.boxes < room_for:
                     transaction.boxes += transaction.db.execute(ADD_BOX, (box, expires_us)).rowcount
 
-        self._write(job)
+        self._write(job, now_us)
 
     def sweep(self, now_us: int) -> bool:
         """Delete some of what has expired, have it gone from the WAL in time, mend a full disk."""
         def job(transaction: _Transaction) -> bool:
-            span = (transaction.raise_time(now_us), SWEEP_ROWS)
+            span = (transaction.time_us, SWEEP_ROWS)
             sizes = transaction.db.execute(SWEEP_MESSAGES, span).fetchall()
             transaction.bytes -= sum(counted_bytes(size) for (size,) in sizes)
             challenges = transaction.db.execute(SWEEP_CHALLENGES, span).rowcount
@@ -829,7 +823,7 @@ class SqliteStore:
             return max(len(sizes), challenges, boxes) == SWEEP_ROWS
 
         swept = self._read(EXPIRED, now_us) == [(1,)]
-        more = swept and bool(self._write(job))
+        more = swept and bool(self._write(job, now_us))
         if self._overdue_us is None and (self._disk_full or swept):
             self._overdue_us = now_us + CHECKPOINT_EVERY_US
         if self._overdue_us is not None and self._overdue_us <= now_us:
@@ -840,9 +834,9 @@ class SqliteStore:
     def probe(self, now_us: int) -> None:
         """Write the time and read the tables for real; raise StoreError if that fails."""
         def job(transaction: _Transaction) -> None:
-            transaction.db.execute("UPDATE relay SET time_us = ?", (transaction.raise_time(now_us),))
+            transaction.db.execute("UPDATE relay SET time_us = ?", (transaction.time_us,))
 
-        self._write(job, durable=True)
+        self._write(job, now_us, durable=True)
         self.look(b"", 0, now_us)
 
     # The WAL, and room on the disk
@@ -1553,13 +1547,13 @@ class RelayServer(http.server.ThreadingHTTPServer):
             self._resume(client, error=TimeoutError())
         self._wake_waiting()
         if not self._stopping:
-            with contextlib.suppress(KeyError):  # it was not interrupted
+            with contextlib.suppress(KeyError):  # it is registered already
                 self._selector.register(self.socket, READ, self._take_connections)
 
     def _drain(self) -> None:
         """Stop accepting, answer who waits, let go of who is idle."""
         self._stopping, self._drained_by_s = True, self._now_s + DRAIN_S
-        with contextlib.suppress(KeyError):  # it is interrupted
+        with contextlib.suppress(KeyError):  # it is not registered just now
             self._selector.unregister(self.socket)
         self.socket.close()
         for client in [client for client in self._clients if client.idle]:
@@ -1606,9 +1600,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
             self._close(client)
 
     def _watch(self, client: _Client, events: int) -> None:
-        if client.events and events != client.events:
+        if events == client.events:
+            return
+        if client.events:
             self._selector.unregister(client.socket)
-        if events and events != client.events:
+        if events:
             self._selector.register(client.socket, events, client)
         client.events = events
 
