@@ -539,14 +539,12 @@ class SqliteStore:
 
     def __init__(self, path: str = "connectoid.db", *, sync: str = "full") -> None:
         self._path, self._reserve, self._in_memory = path, Path(path + "-reserve"), path == ":memory:"
-        self._durable = {"full": "PRAGMA synchronous = FULL", "normal": "PRAGMA synchronous = NORMAL"}[sync]
+        self._sync_pragma = {"full": "PRAGMA synchronous = FULL", "normal": "PRAGMA synchronous = NORMAL"}[sync]
         self._lock = threading.Lock()  # one writer at a time; the file's lock is for other processes
         self._queue: collections.deque[_Ticket] = collections.deque()
         self._connections: list[sqlite3.Connection] = []
         self._readers: list[sqlite3.Connection] = []  # those that are idle
         self._overdue_us: int | None = 0  # when the WAL must be emptied: what was deleted is still in it
-        self._disk_full = self._closed = False
-        self._lock_file = -1 if self._in_memory else self._create_files()
         try:
             self._open()
         except StoreFull:  # others have filled the disk while we were away
@@ -558,6 +556,7 @@ class SqliteStore:
     def _create_files(self) -> int:
         """Create the database, for our eyes only, and return the open lock file."""
         try:
+            # If it exists it is not touched: closing it again would drop SQLite's locks of this process.
             if not os.path.exists(self._path):
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
             return os.open(self._path + "-lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -565,6 +564,8 @@ class SqliteStore:
             raise StoreError(f"{self._path}: {error.strerror}; choose another file with --db") from None
 
     def _open(self) -> None:
+        self._closed = False
+        self._lock_file = -1 if self._in_memory else self._create_files()
         try:
             with self._lock, self._exclusive():
                 if not self._in_memory:
@@ -573,9 +574,6 @@ class SqliteStore:
                 self._prepare()
                 self._reserve_bytes = self._choose_reserve()
                 self._disk_full = not self._make_reserve()
-        except StoreFull:
-            self._db.close()
-            raise
         except StoreError:
             self._disconnect()
             raise
@@ -705,7 +703,7 @@ class SqliteStore:
         """Run a batch in one transaction; one that has changed nothing is rolled back."""
         durable = any(ticket.durable for ticket in batch)
         with self._exclusive():
-            self._db.execute(self._durable if durable else "PRAGMA synchronous = NORMAL")
+            self._db.execute(self._sync_pragma if durable else "PRAGMA synchronous = NORMAL")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 changes = self._db.total_changes
