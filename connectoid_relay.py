@@ -486,10 +486,9 @@ _FULL_CODES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_I
 
 
 @dataclass
-class _Transaction:
-    """A write under way: the connection, and the row `relay`, written back at its end."""
+class _RelayRow:
+    """The row `relay` in a write: the jobs change it, and it is written back at the end."""
 
-    db: sqlite3.Connection
     time_us: int
     last_at: int
     bytes: int
@@ -499,14 +498,14 @@ class _Transaction:
 class _Ticket(concurrent.futures.Future[Any]):
     """A write that waits for its commit."""
 
-    def __init__(self, job: Callable[[_Transaction], Any], now_us: int, durable: bool) -> None:
+    def __init__(self, job: Callable[[_RelayRow], Any], now_us: int, durable: bool) -> None:
         super().__init__()
         self.job, self.now_us, self.durable = job, now_us, durable
 
-    def run(self, transaction: _Transaction) -> Any:
-        transaction.time_us = max(transaction.time_us, self.now_us)
+    def run(self, row: _RelayRow) -> Any:
+        row.time_us = max(row.time_us, self.now_us)
         try:
-            return self.job(transaction)
+            return self.job(row)
         except NoRoom as error:  # raised before anything was written: the others may go on
             return error
 
@@ -658,7 +657,7 @@ class SqliteStore:
         if self._lock_file >= 0:
             fcntl.flock(self._lock_file, operation)
 
-    def _write(self, job: Callable[[_Transaction], Any], now_us: int, *, durable: bool = False) -> Any:
+    def _write(self, job: Callable[[_RelayRow], Any], now_us: int, *, durable: bool = False) -> Any:
         """Return the outcome of a job once it is committed; raise StoreError. The job finds the time raised.
 
         On a full disk room is made first by emptying the WAL, then by opening the reserve,
@@ -707,13 +706,13 @@ class SqliteStore:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 changes = self._db.total_changes
-                row = self._db.execute(READ_RELAY).fetchone()
-                if row is None:
+                values = self._db.execute(READ_RELAY).fetchone()
+                if values is None:
                     raise self._damaged()
-                transaction = _Transaction(self._db, *row)
-                outcomes = [ticket.run(transaction) for ticket in batch]
+                row = _RelayRow(*values)
+                outcomes = [ticket.run(row) for ticket in batch]
                 if self._db.total_changes != changes:
-                    self._db.execute(WRITE_RELAY, vars(transaction))
+                    self._db.execute(WRITE_RELAY, vars(row))
                     self._db.execute("COMMIT")
                 return outcomes
             finally:
@@ -751,16 +750,16 @@ class SqliteStore:
         """Keep a message durably and return its `at`; raise NoRoom or StoreFull."""
         box, sealed, source, ttl_us = message
 
-        def job(transaction: _Transaction) -> int:
-            *content, proven = transaction.db.execute(BOX_CONTENT, (box, transaction.time_us, source)).fetchone()
+        def job(row: _RelayRow) -> int:
+            *content, proven = self._db.execute(BOX_CONTENT, (box, row.time_us, source)).fetchone()
             _check_box(content, len(sealed), limits)
             # Strangers may fill two thirds; the last one is for boxes whose owner has shown up.
             room = limits.max_bytes * (3 if proven else 2) // 3
-            if transaction.bytes + counted_bytes(len(sealed)) > room:
+            if row.bytes + counted_bytes(len(sealed)) > room:
                 raise NoRoom("relay")
-            transaction.last_at = at = max(transaction.time_us, transaction.last_at + 1)
-            transaction.bytes += counted_bytes(len(sealed))
-            transaction.db.execute(ADD_MESSAGE, (at, box, at + ttl_us, source, len(sealed), sealed))
+            row.last_at = at = max(row.time_us, row.last_at + 1)
+            row.bytes += counted_bytes(len(sealed))
+            self._db.execute(ADD_MESSAGE, (at, box, at + ttl_us, source, len(sealed), sealed))
             return at
 
         return int(self._write(job, now_us, durable=True))
@@ -785,12 +784,12 @@ class SqliteStore:
 
     def put_question(self, box: bytes, question: tuple[str, bytes], ttl_us: int, now_us: int) -> str:
         """Keep a question unless another is still young; return the one to hand out."""
-        def job(transaction: _Transaction) -> str:
-            time_us = transaction.time_us
-            young = transaction.db.execute(QUESTION, (box, time_us, time_us - ttl_us // 2)).fetchone()
+        def job(row: _RelayRow) -> str:
+            time_us = row.time_us
+            young = self._db.execute(QUESTION, (box, time_us, time_us - ttl_us // 2)).fetchone()
             if young:  # another check was faster
                 return str(young[0])
-            transaction.db.execute(ADD_QUESTION, (box, time_us, *question, time_us + ttl_us))
+            self._db.execute(ADD_QUESTION, (box, time_us, *question, time_us + ttl_us))
             return question[0]
 
         return str(self._write(job, now_us))
@@ -801,23 +800,23 @@ class SqliteStore:
 
     def keep_boxes(self, expiries_us: Mapping[bytes, int], now_us: int, room_for: int = 0) -> None:
         """Raise the expiry of box rows; make missing ones while there are fewer than room_for."""
-        def job(transaction: _Transaction) -> None:
+        def job(row: _RelayRow) -> None:
             for box, expires_us in expiries_us.items():
-                kept = transaction.db.execute(KEEP_BOX, (box, expires_us)).rowcount
-                if not kept and transaction.boxes < room_for:
-                    transaction.boxes += transaction.db.execute(ADD_BOX, (box, expires_us)).rowcount
+                kept = self._db.execute(KEEP_BOX, (box, expires_us)).rowcount
+                if not kept and row.boxes < room_for:
+                    row.boxes += self._db.execute(ADD_BOX, (box, expires_us)).rowcount
 
         self._write(job, now_us)
 
     def sweep(self, now_us: int) -> bool:
         """Delete some of what has expired, have it gone from the WAL in time, mend a full disk."""
-        def job(transaction: _Transaction) -> bool:
-            span = (transaction.time_us, SWEEP_ROWS)
-            sizes = transaction.db.execute(SWEEP_MESSAGES, span).fetchall()
-            transaction.bytes -= sum(counted_bytes(size) for (size,) in sizes)
-            challenges = transaction.db.execute(SWEEP_CHALLENGES, span).rowcount
-            boxes = transaction.db.execute(SWEEP_BOXES, span).rowcount
-            transaction.boxes -= boxes
+        def job(row: _RelayRow) -> bool:
+            span = (row.time_us, SWEEP_ROWS)
+            sizes = self._db.execute(SWEEP_MESSAGES, span).fetchall()
+            row.bytes -= sum(counted_bytes(size) for (size,) in sizes)
+            challenges = self._db.execute(SWEEP_CHALLENGES, span).rowcount
+            boxes = self._db.execute(SWEEP_BOXES, span).rowcount
+            row.boxes -= boxes
             return max(len(sizes), challenges, boxes) == SWEEP_ROWS
 
         swept = self._read(EXPIRED, now_us) == [(1,)]
@@ -831,8 +830,8 @@ class SqliteStore:
 
     def probe(self, now_us: int) -> None:
         """Write the time and read the tables for real; raise StoreError if that fails."""
-        def job(transaction: _Transaction) -> None:
-            transaction.db.execute("UPDATE relay SET time_us = ?", (transaction.time_us,))
+        def job(row: _RelayRow) -> None:
+            self._db.execute("UPDATE relay SET time_us = ?", (row.time_us,))
 
         self._write(job, now_us, durable=True)
         self.look(b"", 0, now_us)
