@@ -237,10 +237,11 @@ def encode_base64url(octets: bytes) -> str:
 _PUB = re.compile(r"A[g-z0-9_-][A-Za-z0-9_-]{63}[AQgw]")
 _DATA = re.compile(r"(?:[A-Za-z0-9_-]{4})*[A-Za-z0-9_-]{2,4}")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,16}")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+    return isinstance(value, str) and not _SURROGATE.search(value)
 
 
 def _is_count(value: object) -> bool:
@@ -1713,9 +1714,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return render_reply(outcome, head._replace(keep_alive=False) if self._stopping else head)
 
     def _route(self, client: _Client, head: Head, body: bytes) -> Outcome | bytes:
-        methods = _METHODS.get(head.path, ())
         if head.method == "OPTIONS":
             return PREFLIGHT + (b"" if head.keep_alive else CLOSE) + b"\r\n"
+        methods = _METHODS.get(head.path)
         if not methods:
             return Refusal(NOT_FOUND).reply()
         if head.method not in methods:
