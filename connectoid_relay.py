@@ -687,6 +687,7 @@ class SqliteStore:
         return ticket.result()
 
     def _commit(self, batch: Sequence[_Ticket]) -> None:
+        # What the others are told if something unforeseen is raised here: none may wait for ever.
         outcomes: list[Any] = [StoreError("not committed")] * len(batch)
         try:
             outcomes = self._run(batch)
@@ -967,7 +968,7 @@ class Relay:
         # A Raspberry Pi without network believes in 1970, or in the day of its last shutdown.
         believed_us = wall_us if RELEASE_US <= wall_us < YEAR_2200_US else RELEASE_US
         self._base_us = max(believed_us, store.time_us()) - clock.monotonic_us()
-        on = self.limits.rate > 0
+        on = self.limits.rate > 0  # else all limits here are 0, which is none
         self._requests = RateLimit(self.limits.rate, MINUTE_US)
         self._seals = RateLimit(on * self.limits.max_seals, MINUTE_US)
         self._sends = RateLimit(on * self.limits.max_sends, MINUTE_US)
@@ -1071,7 +1072,8 @@ class Relay:
     # check
 
     def _check(self, request: Mapping[str, Any], box: bytes, source: str) -> Outcome:
-        at_us, wait_s = read_at(request), min(int(read(request, "wait", 0)), MAX_WAIT_S)
+        at_us, wait_s = read_at(request), min(read(request, "wait", 0), MAX_WAIT_S)
+        # From here on without the request: it may be large, and a wait is long.
         return self._look(box, at_us, wait_s, source)
 
     def _look(self, box: bytes, at_us: int, wait_s: int, source: str) -> Outcome:
@@ -1119,7 +1121,7 @@ class Relay:
     # receive
 
     def _receive(self, request: Mapping[str, Any], box: bytes, _source: str) -> Outcome:
-        answer, limit = str(read(request, "answer")), int(read(request, "limit", 1))
+        answer, limit = read(request, "answer"), read(request, "limit", 1)
         return functools.partial(self._deliver, box, answer, read_at(request), limit)
 
     def _deliver(self, box: bytes, answer: str, at_us: int, limit: int) -> Reply:
@@ -1254,10 +1256,12 @@ _LENGTH = re.compile(rb"[0-9]{1,9}")
 _AUTHORITY = re.compile(r"https?://[^/?]*", re.IGNORECASE)
 _METHODS = {"/": ("GET", "HEAD", "POST", "OPTIONS"), "/health": ("GET", "HEAD", "OPTIONS")}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+# Lines of headers, for any reply.
 CLOSE = b"Connection: close\r\n"
 JSON = b"Content-Type: application/json\r\n"
 HTML = b"Content-Type: text/html; charset=utf-8\r\n"
 CORS = b"Access-Control-Allow-Origin: *\r\n"
+# Without the empty line at the end: CLOSE may come before it.
 PREFLIGHT = (b"HTTP/1.1 204 No Content\r\n" + CORS + b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
              b"Access-Control-Allow-Headers: Content-Type\r\nAccess-Control-Max-Age: 86400\r\n")
 PAGE = """<!DOCTYPE html>
