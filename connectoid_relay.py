@@ -22,8 +22,8 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 __all__ = [
-    "Clock", "Limits", "Message", "NoRoom", "Relay", "RelayServer", "Reply", "SqliteStore",
-    "Store", "StoreError", "StoreFull", "main",
+    "Clock", "Limits", "Look", "Message", "NoRoom", "Refusal", "Relay", "RelayServer", "Reply", "SqliteStore",
+    "Store", "StoreError", "StoreFull", "Wait", "main", "source_of",
 ]
 
 import argparse
@@ -77,6 +77,7 @@ log = logging.getLogger("connectoid_relay")
 
 MAX_DATA_CHARS = 32_768  # of `data`: the largest sealed message is 22 KiB (PROTOCOL.md, "send")
 MAX_EXT_CHARS = 1_024  # of `ext`, in code points: room for a token, none for a file
+MAX_INLINE_BYTES = 4_096  # of a body that is parsed between two turns of the loop: in 0.1 ms
 MAX_BATCH_ITEMS = 256  # checks in one request: an app with 50 contacts has up to 200 mailboxes
 MAX_RECEIVE_MESSAGES = 100  # messages in one reply
 MAX_RECEIVE_CHARS = 512 * 1024  # of `data` in one reply: what a phone takes at once
@@ -84,6 +85,7 @@ MAX_WAIT_S = 60  # of a long poll: shorter than the time-outs of most proxies
 MAX_AT_US = 2**63 - 1  # what SQLite can compare
 
 ANSWER_BYTES = 32  # of randomness in an answer: 256 bits
+SOURCE_KEY_BYTES = 32  # of the key under which sources are hashed for a day
 SOURCE_SHARE = 8  # one source holds at most 1/8 of a box: a crowd is needed to fill it
 MIN_COUNTED_BYTES = 512  # a small message costs this much in rows and indexes all the same
 MAX_SOURCES = 100_000  # known to a rate limit at once (20 MB); further ones share one count
@@ -148,7 +150,7 @@ class Limits:
 
 # ---------------------------------------------------------------------------------------
 # Errors. ERRORS is the table of PROTOCOL.md. A Refusal may be raised anywhere below; it
-# becomes a reply in two places: Relay._guarded for a request, RelayServer._converse for
+# becomes a reply in two places: Relay.step for a request, RelayServer._converse for
 # the HTTP around it.
 # ---------------------------------------------------------------------------------------
 
@@ -215,13 +217,14 @@ def _refuse_constant(name: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(body: bytes) -> object:
     """Return the JSON value of a body; raise Refusal (Bad request) if there is none."""
     try:
         request: object = _DECODER.decode(body.decode("utf-8"))
-        if b"\\u" in body:  # the only way to a lone surrogate, which UTF-8 cannot hold
+        if _SURROGATE_ESCAPE.search(body):  # the only way to a lone surrogate, which UTF-8 cannot hold
             json.dumps(request, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         raise Refusal(BAD_REQUEST, "The body is not JSON in UTF-8.") from None
@@ -473,7 +476,9 @@ COMMIT_BATCH = 32  # writes in one transaction: 1 MiB of messages, a few millise
 SWEEP_ROWS = 16  # rows of a table deleted in one transaction: half a MiB, fits a small reserve
 RESERVE_BYTES = 4 << 20  # kept back on the disk: room for questions and sweeps when it is full
 CHECKPOINT_EVERY_US = 5 * SECOND_US  # after a deletion or a full disk, so as to spare the disk
-BUSY_TIMEOUT_S = 1.0  # for a reader that is in the way of a checkpoint
+BUSY_TIMEOUT_S = 0.02  # for a reader that is in the way of a checkpoint; all writers wait with us
+LOCK_TIMEOUT_S = 2.0  # for another process, which holds the file for milliseconds if it is well
+LOCK_RETRY_S = 0.002
 
 # What an error of SQLite means to whoever runs the relay.
 _MEANINGS = {
@@ -542,7 +547,6 @@ class SqliteStore:
         self._sync_pragma = {"full": "PRAGMA synchronous = FULL", "normal": "PRAGMA synchronous = NORMAL"}[sync]
         self._lock = threading.Lock()  # one writer at a time; the file's lock is for other processes
         self._queue: collections.deque[_Ticket] = collections.deque()
-        self._connections: list[sqlite3.Connection] = []
         self._readers: list[sqlite3.Connection] = []  # those that are idle
         self._overdue_us: int | None = 0  # when the WAL must be emptied: what was deleted is still in it
         try:
@@ -553,45 +557,45 @@ class SqliteStore:
 
     # Opening and closing
 
+    def _open(self) -> None:
+        self._closed = False
+        with contextlib.ExitStack() as undo:
+            self._lock_file = -1 if self._in_memory else self._create_files()
+            undo.callback(self._close_lock_file)
+            with self._lock, self._exclusive():
+                self._db = self._connect()
+                undo.callback(self._db.close)
+                self._prepare()
+                self._reserve_bytes = self._choose_reserve()
+                self._disk_full = not self._make_reserve()
+            undo.pop_all()
+
     def _create_files(self) -> int:
         """Create the database, for our eyes only, and return the open lock file."""
         try:
-            # If it exists it is not touched: closing it again would drop SQLite's locks of this process.
-            if not os.path.exists(self._path):
+            if os.path.exists(self._path):
+                self._look_before_opening()
+            else:  # not otherwise: to close it again would drop the locks that SQLite has in this process
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
             return os.open(self._path + "-lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise StoreError(f"{self._path}: {error.strerror}; choose another file with --db") from None
-
-    def _open(self) -> None:
-        self._closed = False
-        self._lock_file = -1 if self._in_memory else self._create_files()
-        try:
-            with self._lock, self._exclusive():
-                if not self._in_memory:
-                    self._look_before_opening()
-                self._db = self._connect()
-                self._prepare()
-                self._reserve_bytes = self._choose_reserve()
-                self._disk_full = not self._make_reserve()
-        except StoreError:
-            self._disconnect()
-            raise
-
-    def _connect(self) -> sqlite3.Connection:
-        if self._closed:
-            raise StoreError(f"{self._path} is closed")
-        db = sqlite3.connect(self._path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        self._connections.append(db)
-        db.execute("PRAGMA secure_delete = ON")
-        db.execute("PRAGMA wal_autocheckpoint = 0")
-        return db
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
 
     def _look_before_opening(self) -> None:
         """Refuse the file of another program while it is as that program left it, WAL and all."""
         uri = Path(self._path).absolute().as_uri() + "?immutable=1"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
             self._check_owner(db)
+
+    def _connect(self) -> sqlite3.Connection:
+        if self._closed:
+            raise StoreError(f"{self._path} is closed")
+        db = sqlite3.connect(self._path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA secure_delete = ON")
+        db.execute("PRAGMA wal_autocheckpoint = 0")
+        return db
 
     def _check_owner(self, db: sqlite3.Connection) -> bool:
         """Return whether the file is new; raise StoreError if it is neither that nor ours."""
@@ -620,16 +624,21 @@ class SqliteStore:
 
     def close(self) -> None:
         """Move everything from the WAL into the file and let go of both."""
+        self._closed = True  # a reader that is at work closes itself when it is done
         with contextlib.suppress(StoreError), self._lock, self._exclusive():
-            self._checkpoint()
-            for db in reversed(self._connections):  # the last one checkpoints by itself
-                db.close()
-        self._disconnect()
+            try:
+                self._checkpoint()
+            finally:
+                self._close_readers()
+                self._db.close()  # the last one to close checkpoints by itself
+        self._close_lock_file()
 
-    def _disconnect(self) -> None:
-        self._closed = True
-        for db in self._connections:
-            db.close()
+    def _close_readers(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._readers.pop().close()
+
+    def _close_lock_file(self) -> None:
         if self._lock_file >= 0:
             os.close(self._lock_file)
             self._lock_file = -1
@@ -646,17 +655,25 @@ class SqliteStore:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Keep out the writers and checkpoints of other processes; they hold it for milliseconds."""
-        self._flock(fcntl.LOCK_EX)
+        self._take_file_lock()
         try:
             yield
         except sqlite3.Error as error:
             raise self._explain(error) from error
         finally:
-            self._flock(fcntl.LOCK_UN)
+            if self._lock_file >= 0:
+                fcntl.flock(self._lock_file, fcntl.LOCK_UN)
 
-    def _flock(self, operation: int) -> None:
-        if self._lock_file >= 0:
-            fcntl.flock(self._lock_file, operation)
+    def _take_file_lock(self) -> None:
+        give_up_s = time.monotonic() + LOCK_TIMEOUT_S
+        while self._lock_file >= 0:
+            try:
+                return fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > give_up_s:
+                    raise StoreError(f"{self._path} is held by another process") from None
+                time.sleep(LOCK_RETRY_S)
+        return None
 
     def _write(self, job: Callable[[_RelayRow], Any], now_us: int, *, durable: bool = False) -> Any:
         """Return the outcome of a job once it is committed; raise StoreError. The job finds the time raised.
@@ -731,6 +748,8 @@ class SqliteStore:
                 return db.execute(sql, values).fetchall()
             finally:
                 self._readers.append(db)
+                if self._closed:
+                    self._close_readers()
         except sqlite3.Error as error:
             raise self._explain(error) from error
 
@@ -873,9 +892,11 @@ class SqliteStore:
         size = self._reserve_bytes
         try:
             if size and not (self._reserve.exists() and self._reserve.stat().st_size == size):
+                self._reserve.touch(0o600)
                 self._reserve.write_bytes(bytes(size))
         except OSError:
-            self._reserve.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._reserve.unlink()
             return False
         return True
 
@@ -975,7 +996,8 @@ class Relay:
         self._sent_bytes = RateLimit(on * self.limits.max_source_bytes, HOUR_US)
         self._datagrams = RateLimit(on * self.limits.max_udp, SECOND_US)
         self._complaints = RateLimit(1, MINUTE_US)
-        self._source_key = random_bytes(32)  # never written: no address can be guessed from the file
+        self._source_day, self._source_key = 0, b""  # never written: the file shows no addresses
+        self._parsing = threading.Lock()
         self._seen_us: dict[bytes, int] = {}  # boxes with a check today, not yet written
         self._swept_us = self.now_us()
         with contextlib.suppress(StoreError):  # let an older process with a slower clock know
@@ -992,21 +1014,21 @@ class Relay:
         Never raises, and never waits for messages: `wait` is up to the fronts. Blocks
         while the disk works. PROTOCOL.md, "Operations".
         """
-        outcome = self.run(functools.partial(self._begin, request, source_of(source)))
+        outcome = self.run(functools.partial(self._begin_from, request, source))
         return outcome.reply if isinstance(outcome, Wait) else outcome
 
     def begin(self, body: bytes, source: str) -> Outcome:
         """Return what a body from a source (as `source_of` has it) comes to, without blocking."""
-        return self._guarded(functools.partial(self._begin_body, body, source))
+        return self.step(functools.partial(self._begin_body, body, source))
 
     def run(self, outcome: Outcome) -> Reply | Wait:
         """Do what `begin` left to do; may block on the disk. Never raises."""
         while callable(outcome):
-            outcome = self._guarded(outcome)
+            outcome = self.step(outcome)
         return outcome
 
-    def _guarded(self, call: Callable[[], Outcome]) -> Outcome:
-        """Call, and turn every exception into a reply: the only place that does."""
+    def step(self, call: Callable[[], Outcome]) -> Outcome:
+        """Do one step of a request and turn every exception into a reply: the only place that does."""
         try:
             return call()
         except Refusal as refusal:
@@ -1027,22 +1049,34 @@ class Relay:
 
     # From a request to an operation
 
+    def _begin_from(self, request: object, address: object) -> Outcome:
+        source = source_of(str(address))
+        self._admit(source)
+        return self._begin(request, source)
+
     def _begin_body(self, body: bytes, source: str) -> Outcome:
-        try:
+        self._admit(source)
+        if len(body) > MAX_INLINE_BYTES:
+            return functools.partial(self._begin_long, body, source)
+        return self._begin(parse_json(body), source)
+
+    def _begin_long(self, body: bytes, source: str) -> Outcome:
+        with self._parsing:  # one at a time: a parse of milliseconds lets no other thread run
             request = parse_json(body)
-        except Refusal:
-            self._admit(source)  # junk counts as well
-            raise
         return self._begin(request, source)
 
     def _begin(self, request: object, source: str) -> Outcome:
-        if isinstance(request, list) and 1 <= len(request) <= MAX_BATCH_ITEMS:
-            items = [functools.partial(self._begin_one, item, source, _BATCH_OPERATIONS) for item in request]
-            return functools.partial(self._merge, items)
-        return self._begin_one(request, source, _OPERATIONS)
+        if not isinstance(request, list) or not 1 <= len(request) <= MAX_BATCH_ITEMS:
+            return self._begin_one(request, source, _OPERATIONS)
+        first = functools.partial(self._begin_one, request[0], source, _BATCH_OPERATIONS)  # counted already
+        return functools.partial(self._merge, [first, *(
+            functools.partial(self._begin_item, item, source) for item in request[1:])])
+
+    def _begin_item(self, item: object, source: str) -> Outcome:
+        self._admit(source)
+        return self._begin_one(item, source, _BATCH_OPERATIONS)
 
     def _begin_one(self, request: object, source: str, operations: Mapping[str, _Operation]) -> Outcome:
-        self._admit(source)
         if not isinstance(request, dict):
             raise Refusal(BAD_REQUEST, f"A request is an object, or an array of 1 to {MAX_BATCH_ITEMS} checks.")
         action = request.get("action")
@@ -1164,7 +1198,9 @@ class Relay:
     def _hash_source(self, source: str) -> bytes:
         """Return what stands for a source today: tomorrow the same source has another."""
         today = self.now_us() // DAY_US
-        return hashlib.blake2b(f"{today} {source}".encode(), key=self._source_key, digest_size=16).digest()
+        if today != self._source_day:
+            self._source_day, self._source_key = today, self._random_bytes(SOURCE_KEY_BYTES)
+        return hashlib.blake2b(source.encode("utf-8", "replace"), key=self._source_key, digest_size=16).digest()
 
     def _no_room(self, error: NoRoom) -> Refusal:
         if error.whose == "relay":
@@ -1202,19 +1238,20 @@ class Relay:
         if seen_us:
             self.store.keep_boxes(seen_us, self.now_us())
         for box, until_us in seen_us.items():
-            if self._seen_us[box] == until_us:  # else it was checked again meanwhile, on another day
+            if self._seen_us.get(box) == until_us:  # else it was checked again meanwhile, on another day
                 del self._seen_us[box]
 
     def health(self) -> Reply:
         """Return 200 while a write and a read of the store work and the sweeper lives; may block."""
         now_us = self.now_us()
         if now_us - self._probed_us >= PROBE_EVERY_US:
-            self._probed_us, self._ill = now_us, "The store cannot be read or written."
+            self._probed_us = now_us
             try:
                 self.store.probe(now_us)
                 self._ill = ""
-            except StoreError as error:
+            except Exception as error:  # whatever it is, the store is not well
                 self._complain(str(error))
+                self._ill = "The store cannot be read or written."
         late = now_us - self._swept_us > SWEEPER_LATE_US
         ill = "The sweeper has stopped." if late else self._ill
         return Refusal(BUSY, ill, retry_s=5).reply() if ill else Reply(200, {"ok": True})
@@ -1253,8 +1290,9 @@ _FIELD = re.compile(rb"(" + _TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
 _HEAD = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n((?:" + _FIELD.pattern + rb")*)\r\n")
 _HOPELESS = re.compile(rb"\x00|(?<!\r)\n|\r(?!\n|\Z)")  # TLS, for one, has a NUL at once
 _LENGTH = re.compile(rb"[0-9]{1,9}")
-_AUTHORITY = re.compile(r"https?://[^/?]*", re.IGNORECASE)
+_AUTHORITY = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)
 _METHODS = {"/": ("GET", "HEAD", "POST", "OPTIONS"), "/health": ("GET", "HEAD", "OPTIONS")}
+HEAD_END = b"\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Lines of headers, for any reply.
 CLOSE = b"Connection: close\r\n"
@@ -1292,17 +1330,21 @@ class Head(NamedTuple):
     wants_json: bool
 
 
-def take_head(incoming: bytearray, limit: int) -> Head | None:
-    """Remove a request's head from what came in; None if it is not complete. Raises Refusal."""
-    head, end, _ = incoming.partition(b"\r\n\r\n")
-    if len(head) + len(end) > limit:
+def take_head(incoming: bytearray, limit: int, searched: int = 0) -> Head | None:
+    """Remove a request's head from what came in; None if it is not complete. Raises Refusal.
+
+    So many bytes were searched before: who sends byte by byte shall not have all read again.
+    """
+    end = incoming.find(HEAD_END, max(0, searched - len(HEAD_END) + 1))
+    if (len(incoming) if end < 0 else end + len(HEAD_END)) > limit:
         raise Refusal(HEADERS_TOO_BIG, f"More than {limit} bytes of headers.")
-    if not end:
-        if _HOPELESS.search(incoming):
+    if end < 0:
+        if _HOPELESS.search(incoming, max(0, searched - 1)):
             raise Refusal(BAD_REQUEST, "This is not HTTP/1.1.")
         return None
-    del incoming[:len(head) + len(end)]
-    return parse_head(bytes(head + end))
+    head = bytes(incoming[:end + len(HEAD_END)])
+    del incoming[:len(head)]
+    return parse_head(head)
 
 
 def parse_head(octets: bytes) -> Head:
@@ -1322,7 +1364,8 @@ def parse_head(octets: bytes) -> Head:
         method=method.decode("ascii"),
         path=_AUTHORITY.sub("", target.decode("ascii"), count=1).partition("?")[0] or "/",
         length=int(lengths[0]),
-        keep_alive=minor == b"1" and b"close" not in header.get(b"connection", b"").lower(),
+        keep_alive=minor == b"1" and not any(
+            name == b"connection" and b"close" in value.lower() for name, value in headers),
         expects_continue=minor == b"1" and header.get(b"expect", b"").lower() == b"100-continue",
         wants_json=b"application/json" in header.get(b"accept", b""),
     )
@@ -1359,11 +1402,13 @@ def render_page(document: dict[str, Any], head: Head) -> bytes:
 # not a well-formed check gets nothing, so that a forged sender gains nothing.
 # ---------------------------------------------------------------------------------------
 
-MAX_DATAGRAM_BYTES = 2_048  # more than any check; a longer one is cut, and so is no JSON
+MAX_DATAGRAM_BYTES = 2_048  # more than any check needs
 
 
 def answer_datagram(relay: Relay, datagram: bytes) -> bytes | None:
     """Return the reply to a datagram, or None for none. PROTOCOL.md, "UDP"."""
+    if len(datagram) > MAX_DATAGRAM_BYTES:
+        return None
     try:
         request = parse_json(datagram)
         reply = {"ok": True, "found": relay.glance(request)}
@@ -1412,6 +1457,14 @@ def _take_ipv4_too(unbound: socket.socket) -> None:
         unbound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
 
 
+def _add(counter: collections.Counter[str], source: str, change: int) -> None:
+    """Count for a source and for EVERYBODY; who has nothing leaves nothing behind."""
+    for key in (source, EVERYBODY):
+        counter[key] += change
+        if not counter[key]:
+            del counter[key]
+
+
 class RelayServer(http.server.ThreadingHTTPServer):
     """Serve a relay over HTTP, and over UDP if asked: an http.server with other insides.
 
@@ -1432,7 +1485,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._open: collections.Counter[str] = collections.Counter()  # connections per source, and of EVERYBODY
         self._waiting: dict[bytes, set[_Client]] = {}
         self._places = 0  # taken in _waiting
-        self._buffered = 0  # bytes held for all clients
+        self._held: collections.Counter[str] = collections.Counter()  # bytes, counted in the same way
         self._cursor_us = relay.store.time_us() - 1  # up to which messages the loop knows all
         self._tasks: queue.SimpleQueue[tuple[_Client, Outcome] | None] = queue.SimpleQueue()
         self._done: collections.deque[tuple[_Client, Outcome]] = collections.deque()
@@ -1620,10 +1673,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def _count(self, client: _Client, counted: bool) -> None:
         """Count a client among the connections, or no longer; it may be so already."""
-        for key in (client.source, EVERYBODY):
-            self._open[key] += counted - client.counted
-            if not self._open[key]:
-                del self._open[key]
+        _add(self._open, client.source, counted - client.counted)
         client.counted = counted
 
     # The life of a client
@@ -1659,7 +1709,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
             client.idle = False
         client.deadline_s = self._now_s + limits.request_timeout_s
         try:
-            while not (head := take_head(incoming, limits.max_header_bytes)):
+            searched = 0
+            while not (head := take_head(incoming, limits.max_header_bytes, searched)):
+                searched = len(incoming)
                 yield from self._more(client)
             if head.length > limits.max_body_bytes:
                 raise Refusal(TOO_BIG, f"A body may have {limits.max_body_bytes} bytes.")
@@ -1693,22 +1745,23 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return True
 
     def _hold(self, client: _Client, size: int) -> bool:
-        """Note how many bytes we hold for a client; return whether we can bear all that we hold."""
-        self._buffered += size - client.held
+        """Note how many bytes we hold for a client; return whether we can bear that, from this source too."""
+        _add(self._held, client.source, size - client.held)
         client.held = size
-        return self._buffered <= self.limits.max_buffered_bytes
+        limit = self.limits.max_buffered_bytes
+        return self._held[EVERYBODY] <= limit and self._held[client.source] <= limit // SOURCE_SHARE
 
     def _answer(self, client: _Client, head: Head, body: bytes) -> _Steps[bytes]:
         """Return the whole reply to a request, when it is there."""
         client.cursor_us = self._cursor_us
         outcome = self._route(client, head, body)
-        until_s = 0.0
+        until_s, overload = 0.0, Refusal(BUSY, "Too many requests at once.", retry_s=2).reply()
         while not isinstance(outcome, (Reply, bytes)):
             if isinstance(outcome, Wait):
-                until_s = until_s or self._now_s + outcome.seconds
+                until_s, overload = until_s or self._now_s + outcome.seconds, outcome.reply
                 outcome = yield from self._poll(client, outcome, until_s)
             elif self._tasks.qsize() >= self.limits.max_queued:
-                outcome = Refusal(BUSY, "Too many requests at once.", retry_s=2).reply()
+                outcome = overload
             else:
                 client.deadline_s = NEVER_S
                 self._tasks.put((client, outcome))
@@ -1749,7 +1802,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
             while not (yield READ):  # True is a message; else the client hangs up or talks on
                 if self._receive(client):
                     return wait.reply
-            return wait.again
+            # A single one is looked up at once: a flood of messages to one box takes no places in the queue.
+            return self.relay.step(wait.again) if len(wait.boxes) == 1 else wait.again
         except TimeoutError:
             return wait.reply
         finally:
@@ -1775,9 +1829,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def _refuse(self, client: _Client, refusal: Refusal) -> _Steps[None]:
         """Answer a request that was not read to its end; take what still comes, and close."""
-        self._count(client, False)
         client.idle = False
         yield from self._send(client, render_reply(refusal.reply()))
+        self._count(client, False)
         if len(self._clients) - self._open[EVERYBODY] > MAX_LINGERING:
             return
         # Closing now would send a reset, which overtakes the reply.
@@ -1807,7 +1861,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def _answer_datagrams(self, udp: socket.socket) -> None:
         with contextlib.suppress(OSError):  # no more, or one that cannot be answered
             for _ in range(ACCEPT_BATCH):
-                datagram, address = udp.recvfrom(MAX_DATAGRAM_BYTES)
+                datagram, address = udp.recvfrom(MAX_DATAGRAM_BYTES + 1)
                 if reply := answer_datagram(self.relay, datagram):
                     udp.sendto(reply, address)
 
@@ -1833,10 +1887,10 @@ def flag_of(limit: str) -> str:
     return "--" + limit.removesuffix("_s").replace("_", "-")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = "connectoid_relay.py") -> argparse.ArgumentParser:
     """Return the parser of the command line: README.md, "Flags"."""
     parser = argparse.ArgumentParser(
-        prog="connectoid_relay.py", usage="%(prog)s [flag ...]",
+        prog=prog, usage="%(prog)s [flag ...] (--help lists them)", allow_abbrev=False,
         description="Keep small encrypted messages for an hour.",
         epilog="The defaults suit a Raspberry Pi. Stop it with Ctrl-C or SIGTERM.")
     parser.add_argument("--version", action="version", version=f"connectoid relay {__version__}")
@@ -1885,7 +1939,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 stopped, 1 failed; 2 (usage) exits."""
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser(os.path.basename(sys.argv[0])).parse_args(argv)
     logging.basicConfig(format="%(message)s")
     try:
         serve(arguments)
@@ -1893,8 +1947,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("connectoid relay: %s", error)
         return 1
     except (OSError, UnicodeError) as error:  # UnicodeError is a host name with impossible labels
-        log.error("connectoid relay: cannot listen on port %d: %s; choose another with --host or --port",
-                  arguments.port, getattr(error, "strerror", error))
+        log.error("connectoid relay: cannot listen on %s port %d: %s; choose another with --host or --port",
+                  arguments.host or "any address,", arguments.port, getattr(error, "strerror", error))
         return 1
     return 0
 

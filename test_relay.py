@@ -84,6 +84,7 @@ from connectoid_relay import (
     POOL_THREADS,
     RELEASE_US,
     SECOND_US,
+    SOURCE_SHARE,
     YEAR_2200_US,
     Clock,
     Head,
@@ -2476,7 +2477,7 @@ def test_the_queue_is_limited_while_checks_go_on(clock: FakeClock, alice: Owner,
 
 def test_memory_for_requests_is_limited_and_comes_back(clock: FakeClock, bob: Owner) -> None:
     size = 100_000
-    with limited(clock, max_buffered_bytes=3 * size) as server, hanging_up([]) as clients:
+    with limited(clock, max_buffered_bytes=SOURCE_SHARE * 3 * size) as server, hanging_up([]) as clients:
         clients.extend(Client(server.server_port, unfinished(size)) for _ in range(6))
         assert eventually(lambda: sum(not client.is_silent() for client in clients) >= 3)
         settle(server.server_port)
@@ -2488,6 +2489,12 @@ def test_memory_for_requests_is_limited_and_comes_back(clock: FakeClock, bob: Ow
                 reply = json.loads(body)
                 assert (status, reply["error"], headers["retry-after"]) == (503, "Busy", str(reply["retry"]))
                 assert client.is_closed()
+        # What one source holds takes nothing from another.
+        with socket.create_connection(server.server_address, 10, source_address=("127.0.0.2", 0)) as other:
+            other.sendall(http_request(padded(check(bob), size))[:-1])
+            other.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                other.recv(1)
         for client in kept:
             client.close()
         whole = padded(check(bob), size)
@@ -2497,7 +2504,7 @@ def test_memory_for_requests_is_limited_and_comes_back(clock: FakeClock, bob: Ow
 @pytest.mark.parametrize("piece", [None, 100])
 def test_memory_is_counted_only_while_it_is_used(clock: FakeClock, alice: Owner, piece: int | None) -> None:
     # One request fits, so any number of them does, one after the other; and in pieces it is no longer.
-    with limited(clock, max_buffered_bytes=100_000) as server:
+    with limited(clock, max_buffered_bytes=SOURCE_SHARE * 100_000) as server:
         body = padded(check(alice), 60_000)
         assert [post(server.server_port, body, piece) for _ in range(10)] == [(200, NOTHING)] * 10
 
@@ -4098,12 +4105,15 @@ def test_readme_has_the_flags_verbatim() -> None:
 
 
 def test_changelog_names_the_version() -> None:
-    assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    newest = (ROOT / "CHANGELOG.md").read_text("utf-8").partition("\n## ")[2]
+    assert re.match(rf"{re.escape(__version__)}\b[^.]", newest)
 
 
 def test_all_names_exist_and_have_docstrings() -> None:
     for name in connectoid_relay.__all__:
-        assert getattr(connectoid_relay, name).__doc__, name
+        written = getattr(connectoid_relay, name).__doc__
+        assert written, name
+        assert not written.startswith(f"{name}("), f"{name} has only the docstring that Python makes"
 
 
 @pytest.mark.slow
