@@ -1567,6 +1567,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         while (task := self._tasks.get()) is not None:
             client, outcome = task
             self._done.append((client, self.relay.run(outcome)))
+            del task, outcome  # a parsed request may be large, and the next one far
             self._wake()
 
     def _sweep(self) -> None:
@@ -1685,8 +1686,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
             head = None
             while not head or head.keep_alive:
                 head, body = yield from self._next_request(client)
-                payload = yield from self._answer(client, head, body)
-                yield from self._send(client, payload)
+                client.cursor_us = self._cursor_us
+                answer = self._answer(client, head, self._route(client, head, body))
+                del body  # a client that waits or is idle keeps neither its last request nor the reply
+                yield from self._send(client, (yield from answer))
                 if self._stopping:
                     return
                 if client.incoming:  # the next request is here, but the others have a turn first
@@ -1751,10 +1754,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         limit = self.limits.max_buffered_bytes
         return self._held[EVERYBODY] <= limit and self._held[client.source] <= limit // SOURCE_SHARE
 
-    def _answer(self, client: _Client, head: Head, body: bytes) -> _Steps[bytes]:
+    def _answer(self, client: _Client, head: Head, outcome: Outcome | bytes) -> _Steps[bytes]:
         """Return the whole reply to a request, when it is there."""
-        client.cursor_us = self._cursor_us
-        outcome = self._route(client, head, body)
         until_s, overload = 0.0, Refusal(BUSY, "Too many requests at once.", retry_s=2).reply()
         while not isinstance(outcome, (Reply, bytes)):
             if isinstance(outcome, Wait):
