@@ -625,13 +625,14 @@ class SqliteStore:
     def close(self) -> None:
         """Move everything from the WAL into the file and let go of both."""
         self._closed = True  # a reader that is at work closes itself when it is done
-        with contextlib.suppress(StoreError), self._lock, self._exclusive():
-            try:
-                self._checkpoint()
-            finally:
-                self._close_readers()
-                self._db.close()  # the last one to close checkpoints by itself
-        self._close_lock_file()
+        with self._lock:
+            with contextlib.suppress(StoreError), self._exclusive():
+                try:
+                    self._checkpoint()
+                finally:
+                    self._close_readers()
+                    self._db.close()  # the last one to close checkpoints by itself
+            self._close_lock_file()
 
     def _close_readers(self) -> None:
         with contextlib.suppress(IndexError):
