@@ -586,8 +586,13 @@ class SqliteStore:
     def _look_before_opening(self) -> None:
         """Refuse the file of another program while it is as that program left it, WAL and all."""
         uri = Path(self._path).absolute().as_uri() + "?immutable=1"
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-            self._check_owner(db)
+        try:
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+                self._check_owner(db)
+        except sqlite3.DatabaseError as error:
+            # Without its WAL a file whose checkpoint was cut off looks damaged; opening it will tell.
+            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_IOERR):
+                raise
 
     def _connect(self) -> sqlite3.Connection:
         if self._closed:

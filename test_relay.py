@@ -3193,6 +3193,24 @@ def test_kill_under_load_loses_no_acknowledged_message(sync: str, start: Callabl
     store.close()
 
 
+def test_file_whose_checkpoint_was_cut_off_opens_with_all_messages(tmp_path: Path, bob: Owner) -> None:
+    whole, torn = tmp_path / "whole.db", tmp_path / "torn.db"
+    store = SqliteStore(str(whole))
+    for _ in range(30):
+        store.put(Message(bob.box, "A" * 32_000, b"source", 10**9), Limits(), START_US)
+    before, wal = whole.read_bytes(), (tmp_path / "whole.db-wal").read_bytes()
+    store.close()
+    after = whole.read_bytes()
+    assert len(before) < len(after)
+    # The first page has got there, which tells of many more; the others are in the WAL alone.
+    torn.write_bytes(after[:4_096] + before[4_096:])
+    (tmp_path / "torn.db-wal").write_bytes(wal)
+    store = SqliteStore(str(torn))
+    assert len(store.messages(bob.box, 0, 100, START_US)) == 16  # half a MiB of them
+    assert store.look(bob.box, START_US + 28, START_US).found
+    store.close()
+
+
 # Kills a fork at every call that opening a new store makes, and opens the file again.
 KILL_AT_EVERY_CALL = """
     import os, pathlib, signal, sys
