@@ -122,17 +122,22 @@ def post(port: int, request: object, piece: int | None = None) -> tuple[int, Any
 
 
 @contextlib.contextmanager
-def serving(relay: Relay, **options: Any) -> Iterator[RelayServer]:
-    """Serve a relay on a free port of 127.0.0.1, from a thread."""
-    with RelayServer(("127.0.0.1", 0), relay, **options) as server:
+def running(server: RelayServer) -> Iterator[RelayServer]:
+    """Run a server in a thread, and close it."""
+    with server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
             yield server
         finally:
             server.shutdown()
-            thread.join(5)
+            thread.join(10)
             assert not thread.is_alive()
+
+
+def serving(relay: Relay, **options: Any) -> contextlib.AbstractContextManager[RelayServer]:
+    """Serve a relay on a free port of 127.0.0.1, from a thread."""
+    return running(RelayServer(("127.0.0.1", 0), relay, **options))
 
 
 class Process:

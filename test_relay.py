@@ -63,6 +63,7 @@ from conftest import (
     parse_response,
     post,
     receive,
+    running,
     send,
     serving,
 )
@@ -2040,20 +2041,6 @@ def limited(clock: FakeClock, store: SqliteStore | None = None, /, **limits: int
     relay = Relay(store or SqliteStore(":memory:"), Limits(**limits), clock=clock.clock)
     with contextlib.closing(relay), serving(relay) as server:
         yield server
-
-
-@contextlib.contextmanager
-def running(server: RelayServer) -> Iterator[RelayServer]:
-    """Serve with a server that a test has made."""
-    with server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join(SLOWLY)
-            assert not thread.is_alive()
 
 
 @contextlib.contextmanager
