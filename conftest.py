@@ -148,7 +148,7 @@ class Process:
         self.popen = subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True, **options)
         assert self.popen.stderr is not None
         self.first_line = self.popen.stderr.readline()
-        ready = re.fullmatch(r"connectoid relay (\S+) listening on http://\S+:(\d+)\n", self.first_line)
+        ready = re.fullmatch(r"connectoid relay (\S+) listening on https?://\S+:(\d+)\n", self.first_line)
         self.port = int(ready[2]) if ready else 0
 
     def stop(self, number: int = 15) -> tuple[int, str]:

@@ -22,11 +22,13 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 __all__ = [
-    "Clock", "Limits", "Look", "Message", "NoRoom", "Refusal", "Relay", "RelayServer", "Reply", "SqliteStore",
-    "Store", "StoreError", "StoreFull", "Wait", "main", "source_of",
+    "About", "Access", "Clock", "Limits", "Look", "Message", "Networks", "NoRoom", "Quota", "Refusal", "Relay",
+    "RelayServer", "Reply", "SettingError", "SqliteStore", "Store", "StoreError", "StoreFull", "Stored", "Text",
+    "Wait", "load_tls", "main", "read_access", "source_of", "wsgi",
 ]
 
 import argparse
+import atexit
 import base64
 import collections
 import concurrent.futures
@@ -37,6 +39,8 @@ import hashlib
 import hmac
 import html
 import http.server
+import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -49,14 +53,17 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
+import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
 try:
     from cryptography.hazmat.primitives import hpke
@@ -92,6 +99,8 @@ MAX_SOURCES = 100_000  # known to a rate limit at once (20 MB); further ones sha
 MAX_SEEN_BOXES = 10_000  # whose last check is not yet written; further ones wait for their next
 PROBE_EVERY_US = 5_000_000  # /health asks the store no more often than this
 SWEEPER_LATE_US = 60_000_000  # after so long without a sweep /health says so
+TRAFFIC_MINUTES = 60  # of requests, shown as a picture
+MAX_SETTING = 10**12  # of any number that a host sets: its microseconds still fit SQLite's integers
 
 SWEEP_EVERY_S = 1.0  # when there was nothing more to delete
 SWEEP_PAUSE_S = 0.001  # between two steps when there is more
@@ -148,6 +157,17 @@ class Limits:
     box_ttl_s: int = _limit(30 * 86_400, "seconds that a proven box is kept after its last check", 1)
 
 
+class Quota(NamedTuple):
+    """What whoever has a certain API key may have; 0 is what the limits say. README, "API keys"."""
+
+    name: str = ""  # of its table in the key file; "" is counted nowhere
+    requests_per_day: int = 0
+    bytes: int = 0  # of data kept at a time
+    message_ttl_s: int = 0
+
+
+EVERYTHING = Quota()
+
 # ---------------------------------------------------------------------------------------
 # Errors. ERRORS is the table of PROTOCOL.md. A Refusal may be raised anywhere below; it
 # becomes a reply in two places: Relay.step for a request, RelayServer._converse for
@@ -155,11 +175,18 @@ class Limits:
 # ---------------------------------------------------------------------------------------
 
 
+class Text(NamedTuple):
+    """A body that is not JSON: a page, the metrics, or nothing."""
+
+    media_type: str
+    text: str
+
+
 class Reply(NamedTuple):
-    """A status (as in HTTP) and the JSON that goes with it."""
+    """A status (as in HTTP) and the JSON that goes with it, or the text for people and monitors."""
 
     status: int
-    body: dict[str, Any] | list[Any]
+    body: dict[str, Any] | list[Any] | Text
 
 
 class Error(NamedTuple):
@@ -199,6 +226,10 @@ class Refusal(Exception):
         if self.retry_s:
             body["retry"] = self.retry_s
         return Reply(self.error.status, body)
+
+
+class SettingError(Exception):
+    """Say in one line which file or flag of the host's is wrong, where, and what mends it."""
 
 
 def seconds_until(then_us: int, now_us: int) -> int:
@@ -295,6 +326,7 @@ def read_data(request: Mapping[str, Any]) -> str:
     return str(read(request, "data"))
 
 
+SOURCE_PREFIX_BITS = 64  # of an IPv6 address: what one customer gets at least
 IPV4_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
 
 
@@ -309,6 +341,54 @@ def source_of(address: str) -> str:
     if octets.startswith(IPV4_MAPPED):
         return socket.inet_ntoa(octets[len(IPV4_MAPPED):])
     return octets[:8].hex(":", 2) + "::/64"
+
+
+class Networks:
+    """A set of IP networks: `address in networks`, also for a source; whatever is no address is in none."""
+
+    def __init__(self, networks: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network] = ()) -> None:
+        # One look-up for each length of a prefix that occurs, however long the list is.
+        self._prefixes: dict[tuple[int, int], set[int]] = {}
+        for network in networks:
+            shift = network.max_prefixlen - network.prefixlen
+            prefixes = self._prefixes.setdefault((network.version, shift), set())
+            prefixes.add(int(network.network_address) >> shift)
+
+    def __contains__(self, address: str) -> bool:
+        if not self._prefixes:
+            return False
+        try:
+            parsed = ipaddress.ip_address(address.partition("/")[0].partition("%")[0])
+        except ValueError:
+            return False
+        plain = getattr(parsed, "ipv4_mapped", None) or parsed
+        return any(version == plain.version and int(plain) >> shift in prefixes
+                   for (version, shift), prefixes in self._prefixes.items())
+
+
+NO_NETWORKS = Networks()
+
+
+def client_of(peer: str, forwarded_for: str, proxies: Networks) -> str:
+    """Return the source of a request from a peer: behind trusted proxies the last address that is none of theirs.
+
+    Each proxy appends the address that it sees to X-Forwarded-For; what stands before the
+    first stranger from the right was written by that stranger.
+    """
+    address = peer
+    for hop in reversed(forwarded_for.split(",") if forwarded_for else ()):
+        if address not in proxies or not _is_address(hop.strip()):
+            break
+        address = hop.strip()
+    return source_of(address)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------
@@ -354,7 +434,7 @@ class StoreFull(StoreError):
 
 
 class NoRoom(StoreError):
-    """Say that a message would go over a limit: of its "source", its "box" or the "relay"."""
+    """Say that a message would go over a limit: of its "source", its "box", its "quota" or the "relay"."""
 
     def __init__(self, whose: str, until_us: int = 0) -> None:
         super().__init__(f"no room: {whose}")
@@ -368,6 +448,7 @@ class Message(NamedTuple):
     data: str
     source: bytes
     ttl_us: int
+    quota: Quota = EVERYTHING
 
 
 class Look(NamedTuple):
@@ -375,6 +456,14 @@ class Look(NamedTuple):
 
     found: bool
     box_expires_us: int | None
+
+
+class Stored(NamedTuple):
+    """What the store holds, expired or not as long as it is not swept."""
+
+    messages: int
+    bytes: int  # of data, small messages counted as MIN_COUNTED_BYTES
+    boxes: int  # with a proven owner
 
 
 class Store(Protocol):
@@ -407,6 +496,12 @@ class Store(Protocol):
     def keep_boxes(self, expiries_us: Mapping[bytes, int], now_us: int, room_for: int = 0) -> None:
         """Raise the expiry of box rows; make missing ones while there are fewer than room_for."""
 
+    def spend(self, requests: Mapping[str, int], now_us: int) -> dict[str, int]:
+        """Add to the requests of today (UTC) by name of quota; return the sums of all processes."""
+
+    def stored(self) -> Stored:
+        """Return what the store holds."""
+
     def sweep(self, now_us: int) -> bool:
         """Delete some of what has expired, and return whether there is more."""
 
@@ -418,9 +513,8 @@ class Store(Protocol):
 
 
 APPLICATION_ID = 0x436F6E6E  # "Conn" in the file's header: another program's file is left alone
-SCHEMA_VERSION = 1
 PAGE_BYTES = 4_096  # of SQLite, by default
-SCHEMA = (
+_FIRST_SCHEMA = (
     """CREATE TABLE relay (id INTEGER PRIMARY KEY CHECK (id = 1), time_us INTEGER NOT NULL,
        last_at INTEGER NOT NULL, bytes INTEGER NOT NULL, boxes INTEGER NOT NULL) STRICT""",
     "INSERT INTO relay VALUES (1, 0, 0, 0, 0)",
@@ -436,8 +530,16 @@ SCHEMA = (
     """CREATE TABLE boxes (box BLOB PRIMARY KEY, expires_us INTEGER NOT NULL) STRICT, WITHOUT ROWID""",
     "CREATE INDEX boxes_expires ON boxes (expires_us)",
     f"PRAGMA application_id = {APPLICATION_ID}",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
+_QUOTAS = (
+    """CREATE TABLE quotas (name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, day INTEGER NOT NULL,
+       requests INTEGER NOT NULL) STRICT, WITHOUT ROWID""",
+    "ALTER TABLE messages ADD COLUMN quota TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE relay ADD COLUMN messages INTEGER NOT NULL DEFAULT 0",
+    "UPDATE relay SET messages = (SELECT count(*) FROM messages)",
+)
+# A file of version N has had the first N of these. They are never changed, only added to.
+SCHEMA = (_FIRST_SCHEMA, _QUOTAS)
 
 # ?1 is the box, ?2 the time of the reader (of the relay, in a write).
 LOOK = """SELECT EXISTS (SELECT 1 FROM messages WHERE box = ?1 AND at > ?3 AND expires_us > ?2),
@@ -455,22 +557,30 @@ BOX_CONTENT = """SELECT count(*), coalesce(sum(size), 0), coalesce(min(expires_u
     coalesce(min(iif(source = ?3, expires_us, NULL)), 0),
     EXISTS (SELECT 1 FROM boxes WHERE box = ?1 AND expires_us > ?2)
     FROM messages WHERE box = ?1 AND expires_us > ?2"""
-ADD_MESSAGE = "INSERT INTO messages (at, box, expires_us, source, size, data) VALUES (?, ?, ?, ?, ?, ?)"
+ADD_MESSAGE = """INSERT INTO messages (at, box, expires_us, source, size, data, quota)
+    VALUES (?, ?, ?, ?, ?, ?, ?)"""
 ADD_QUESTION = """INSERT OR REPLACE INTO challenges (box, made_us, question, answer_sha256, expires_us)
     VALUES (?, ?, ?, ?, ?)"""
 ADD_BOX = "INSERT OR IGNORE INTO boxes (box, expires_us) VALUES (?, ?)"
 KEEP_BOX = "UPDATE boxes SET expires_us = max(expires_us, ?2) WHERE box = ?1"
+QUOTA_BYTES = "SELECT bytes FROM quotas WHERE name = ?"
+ADD_QUOTA_BYTES = """INSERT INTO quotas (name, bytes, day, requests) VALUES (?, ?, 0, 0)
+    ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes"""
+ADD_QUOTA_REQUESTS = """INSERT INTO quotas (name, bytes, day, requests) VALUES (?, 0, ?, ?)
+    ON CONFLICT DO UPDATE SET requests = excluded.requests + iif(day = excluded.day, requests, 0),
+    day = excluded.day RETURNING requests"""
 EXPIRED = """SELECT EXISTS (SELECT 1 FROM messages WHERE expires_us <= ?1)
     OR EXISTS (SELECT 1 FROM challenges WHERE expires_us <= ?1)
     OR EXISTS (SELECT 1 FROM boxes WHERE expires_us <= ?1)"""
 SWEEP_MESSAGES = """DELETE FROM messages WHERE at IN (SELECT at FROM messages
-    WHERE expires_us <= ?1 ORDER BY expires_us LIMIT ?2) RETURNING size"""
+    WHERE expires_us <= ?1 ORDER BY expires_us LIMIT ?2) RETURNING size, quota"""
 SWEEP_CHALLENGES = """DELETE FROM challenges WHERE (box, made_us) IN (SELECT box, made_us FROM challenges
     WHERE expires_us <= ?1 ORDER BY expires_us LIMIT ?2)"""
 SWEEP_BOXES = """DELETE FROM boxes WHERE box IN (SELECT box FROM boxes
     WHERE expires_us <= ?1 ORDER BY expires_us LIMIT ?2)"""
-READ_RELAY = "SELECT time_us, last_at, bytes, boxes FROM relay"
-WRITE_RELAY = "UPDATE relay SET time_us = :time_us, last_at = :last_at, bytes = :bytes, boxes = :boxes"
+READ_RELAY = "SELECT time_us, last_at, bytes, boxes, messages FROM relay"
+WRITE_RELAY = """UPDATE relay SET time_us = :time_us, last_at = :last_at, bytes = :bytes, boxes = :boxes,
+    messages = :messages"""
 
 COMMIT_BATCH = 32  # writes in one transaction: 1 MiB of messages, a few milliseconds
 SWEEP_ROWS = 16  # rows of a table deleted in one transaction: half a MiB, fits a small reserve
@@ -499,6 +609,7 @@ class _RelayRow:
     last_at: int
     bytes: int
     boxes: int
+    messages: int
 
 
 class _Ticket(concurrent.futures.Future[Any]):
@@ -602,23 +713,25 @@ class SqliteStore:
         db.execute("PRAGMA wal_autocheckpoint = 0")
         return db
 
-    def _check_owner(self, db: sqlite3.Connection) -> bool:
-        """Return whether the file is new; raise StoreError if it is neither that nor ours."""
+    def _check_owner(self, db: sqlite3.Connection) -> int:
+        """Return the version of the file's schema, 0 for a new one; raise StoreError if it is not ours."""
         (owner,), (version,), (tables,) = (db.execute(sql).fetchone() for sql in (
             "PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_schema"))
         if (owner, version, tables) == (0, 0, 0):
-            return True
+            return 0
         if owner != APPLICATION_ID:
             raise StoreError(f"{self._path} belongs to another program; choose another file with --db")
-        if version != SCHEMA_VERSION:
-            raise StoreError(f"{self._path} has schema {version}, this relay knows {SCHEMA_VERSION};"
+        if not 1 <= version <= len(SCHEMA):
+            raise StoreError(f"{self._path} has schema {version}, this relay knows {len(SCHEMA)};"
                              " choose another file with --db")
-        return False
+        return int(version)
 
     def _prepare(self) -> None:
-        if self._check_owner(self._db):
+        missing = SCHEMA[self._check_owner(self._db):]
+        if missing:
             self._db.execute("PRAGMA journal_mode = WAL")
-            for sql in ("BEGIN IMMEDIATE", *SCHEMA, "COMMIT"):
+            for sql in ("BEGIN IMMEDIATE", *itertools.chain(*missing),
+                        f"PRAGMA user_version = {len(SCHEMA)}", "COMMIT"):
                 self._db.execute(sql)
         # Fails here and now if the file cannot be written or the row has gone.
         if self._db.execute("UPDATE relay SET time_us = time_us").rowcount != 1:
@@ -775,7 +888,7 @@ class SqliteStore:
 
     def put(self, message: Message, limits: Limits, now_us: int) -> int:
         """Keep a message durably and return its `at`; raise NoRoom or StoreFull."""
-        box, sealed, source, ttl_us = message
+        box, sealed, source, ttl_us, quota = message
 
         def job(row: _RelayRow) -> int:
             *content, proven = self._db.execute(BOX_CONTENT, (box, row.time_us, source)).fetchone()
@@ -784,12 +897,22 @@ class SqliteStore:
             room = limits.max_bytes * (3 if proven else 2) // 3
             if row.bytes + counted_bytes(len(sealed)) > room:
                 raise NoRoom("relay")
+            self._take_bytes(quota, len(sealed))
             row.last_at = at = max(row.time_us, row.last_at + 1)
             row.bytes += counted_bytes(len(sealed))
-            self._db.execute(ADD_MESSAGE, (at, box, at + ttl_us, source, len(sealed), sealed))
+            row.messages += 1
+            self._db.execute(ADD_MESSAGE, (at, box, at + ttl_us, source, len(sealed), sealed, quota.name))
             return at
 
         return int(self._write(job, now_us, durable=True))
+
+    def _take_bytes(self, quota: Quota, size: int) -> None:
+        if not quota.name:
+            return
+        kept = self._db.execute(QUOTA_BYTES, (quota.name,)).fetchone() or (0,)
+        if quota.bytes and kept[0] + size > quota.bytes:
+            raise NoRoom("quota")
+        self._db.execute(ADD_QUOTA_BYTES, (quota.name, size))
 
     def look(self, box: bytes, at_us: int, now_us: int) -> Look:
         """Return whether the box has news, and until when its row lives."""
@@ -835,16 +958,35 @@ class SqliteStore:
 
         self._write(job, now_us)
 
+    def spend(self, requests: Mapping[str, int], now_us: int) -> dict[str, int]:
+        """Add to the requests of today by name of quota; return the sums of all processes."""
+        def job(row: _RelayRow) -> dict[str, int]:
+            today = row.time_us // DAY_US
+            return {name: int(self._db.execute(ADD_QUOTA_REQUESTS, (name, today, count)).fetchone()[0])
+                    for name, count in requests.items()}
+
+        return dict(self._write(job, now_us))
+
+    def stored(self) -> Stored:
+        """Return what the store holds."""
+        for *_, size, boxes, messages in self._read(READ_RELAY):
+            return Stored(messages, size, boxes)
+        raise self._damaged()
+
     def sweep(self, now_us: int) -> bool:
         """Delete some of what has expired, have it gone from the WAL in time, mend a full disk."""
         def job(row: _RelayRow) -> bool:
             span = (row.time_us, SWEEP_ROWS)
-            sizes = self._db.execute(SWEEP_MESSAGES, span).fetchall()
-            row.bytes -= sum(counted_bytes(size) for (size,) in sizes)
+            messages = self._db.execute(SWEEP_MESSAGES, span).fetchall()
+            row.messages -= len(messages)
+            row.bytes -= sum(counted_bytes(size) for size, _ in messages)
+            for size, quota in messages:
+                if quota:
+                    self._db.execute(ADD_QUOTA_BYTES, (quota, -size))
             challenges = self._db.execute(SWEEP_CHALLENGES, span).rowcount
             boxes = self._db.execute(SWEEP_BOXES, span).rowcount
             row.boxes -= boxes
-            return max(len(sizes), challenges, boxes) == SWEEP_ROWS
+            return max(len(messages), challenges, boxes) == SWEEP_ROWS
 
         swept = self._read(EXPIRED, now_us) == [(1,)]
         more = swept and bool(self._write(job, now_us))
@@ -915,8 +1057,9 @@ class SqliteStore:
 
 
 # ---------------------------------------------------------------------------------------
-# Rate limits: how much of something a source may have in a span of time. In memory, a
-# count per source that starts again with every span; nothing is kept beyond that.
+# Counting: rate limits (how much of something a source may have in a span of time, in
+# memory, starting again with every span), the requests of a quota's day, and what is
+# told of it all: events by kind, never by mailbox or source.
 # ---------------------------------------------------------------------------------------
 
 
@@ -944,6 +1087,268 @@ class RateLimit:
                 return seconds_until((span + 1) * self.span_us, now_us)
             self._taken[key] = taken
             return 0
+
+
+class DailyRequests:
+    """Count the requests of each quota's day (UTC), together with the other processes on the store.
+
+    What was taken here is told to the store, and what the others took learnt, with every
+    sweep: a request costs no write, and the sum is right to a second.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._day = 0
+        self._known: dict[str, int] = {}  # sums by name, as the store had them last
+        self._new: collections.Counter[str] = collections.Counter()  # not yet told
+
+    def take(self, quota: Quota, now_us: int) -> int:
+        """Take one and return 0, or take nothing and return the seconds to wait."""
+        if not quota.name:
+            return 0
+        with self._lock:
+            day = now_us // DAY_US
+            if day != self._day:
+                self._day, self._known, self._new = day, {}, collections.Counter()
+            taken = self._known.get(quota.name, 0) + self._new[quota.name]
+            if 0 < quota.requests_per_day <= taken:
+                return seconds_until((day + 1) * DAY_US, now_us)
+            self._new[quota.name] += 1
+            return 0
+
+    def share(self, store: Store, now_us: int) -> None:
+        """Tell the store and learn from it; what cannot be told now is told next time. Raises StoreError."""
+        with self._lock:
+            day, new = self._day, +self._new
+        if not new:
+            return
+        known = store.spend(new, now_us)
+        with self._lock:
+            if day == self._day:
+                self._known |= known
+                self._new -= new
+
+
+class Metric(NamedTuple):
+    """How a metric is told: its type and meaning to Prometheus, and the values of its label that are known."""
+
+    type: str
+    meaning: str
+    label: str = ""
+    values: Sequence[str] = ("",)
+
+
+METRICS: Mapping[str, Metric] = {
+    "connectoid_requests_total": Metric("counter", "Requests by action.", "action", ("send", "check", "receive")),
+    "connectoid_refusals_total": Metric("counter", "Refused requests by error.", "error", tuple(
+        dict.fromkeys(error.text for error in ERRORS))),
+    "connectoid_datagrams_total": Metric("counter", "Datagrams by what they got.", "reply",
+                                         ("check", "stun", "none")),
+    "connectoid_questions_total": Metric("counter", "Questions made: each costs a P-384 seal."),
+    "connectoid_handshakes_total": Metric("counter", "TLS handshakes by outcome.", "outcome", ("done", "failed")),
+    "connectoid_messages": Metric("gauge", "Messages in the store."),
+    "connectoid_message_bytes": Metric("gauge", "Bytes of data in the store, as --max-bytes counts them."),
+    "connectoid_boxes": Metric("gauge", "Boxes with a proven owner."),
+    "connectoid_healthy": Metric("gauge", "1 while the store can be read and written and the sweeper lives."),
+    "connectoid_sweep_age_seconds": Metric("gauge", "Seconds since the last sweep."),
+    "connectoid_uptime_seconds": Metric("gauge", "Seconds since the start."),
+    "connectoid_connections": Metric("gauge", "Open connections."),
+    "connectoid_waiting_boxes": Metric("gauge", "Boxes waited for in long polls."),
+    "connectoid_queued_requests": Metric("gauge", "Requests in the queue for a thread."),
+    "connectoid_limit": Metric("gauge", "The limits in force, by name.", "limit", ()),
+    "connectoid_info": Metric("gauge", "1, with the version.", "version", ()),
+}
+Sample: TypeAlias = tuple[str, str]  # a metric's name and the value of its label
+
+
+class Counts:
+    """Count events, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[Sample, int] = {
+            (name, value): 0 for name, metric in METRICS.items() if metric.type == "counter"
+            for value in metric.values}
+
+    def add(self, name: str, value: str = "") -> None:
+        """Count one; a KeyError says that the metric is not in the table."""
+        with self._lock:
+            self._counts[name, value] += 1
+
+    def taken(self) -> dict[Sample, int]:
+        """Return all counts as they are now."""
+        with self._lock:
+            return dict(self._counts)
+
+
+class Traffic:
+    """Remember how much a count has grown in each of the last minutes."""
+
+    def __init__(self) -> None:
+        self._totals: dict[int, int] = {}  # by minute, the count at its end
+
+    def note(self, total: int, now_us: int) -> None:
+        """Take the count as it is now; about once a second."""
+        self._totals = dict([*self._totals.items(), (now_us // MINUTE_US, total)][-TRAFFIC_MINUTES - 1:])
+
+    def per_minute(self) -> list[int]:
+        """Return the growth in each of the last minutes, at most TRAFFIC_MINUTES, the current one last."""
+        totals = [0, *self._totals.values()]
+        return [now - before for before, now in itertools.pairwise(totals)][-TRAFFIC_MINUTES:]
+
+
+# ---------------------------------------------------------------------------------------
+# Access: whom the host lets in, from two files of his: API keys with their quotas, and
+# a list of the addresses and mailboxes that are denied. README, "API keys", "Abuse".
+# ---------------------------------------------------------------------------------------
+
+
+class Access:
+    """Say what an API key may have, and who is denied.
+
+    It never changes: to let others in, put another in its place (`relay.access`).
+    """
+
+    def __init__(self, keys: Mapping[str, Quota] | None = None, public: Quota | None = EVERYTHING, *,
+                 denied_sources: Networks = NO_NETWORKS, denied_boxes: frozenset[bytes] = frozenset()) -> None:
+        self.public, self._denied_sources, self._denied_boxes = public, denied_sources, denied_boxes
+        # Looked up by digest: how long that takes tells nothing of the key.
+        self._quotas = {self._digest(key): quota for key, quota in (keys or {}).items()}
+
+    @staticmethod
+    def _digest(key: str) -> bytes:
+        return hashlib.sha256(key.encode("utf-8")).digest()
+
+    def quota_of(self, ext: str | None) -> Quota:
+        """Return the quota of a key, or what the public gets; raise Refusal (Forbidden) if that is nothing."""
+        quota = self._quotas.get(self._digest(ext), self.public) if self._quotas and ext else self.public
+        if quota is None:
+            raise Refusal(FORBIDDEN, "This relay wants an API key in ext.")
+        return quota
+
+    def denies(self, source: str) -> bool:
+        """Return whether a source is denied."""
+        return source in self._denied_sources
+
+    def check_box(self, box: bytes) -> None:
+        """Raise Refusal (Forbidden) for a mailbox that is denied."""
+        if box in self._denied_boxes:
+            raise Refusal(FORBIDDEN, "This relay does not serve this mailbox.")
+
+
+def read_access(keys: str | None = None, denied: str | None = None) -> Access:
+    """Return what two files say; raise SettingError, with the line, for what is wrong in them."""
+    quotas, public = _read_keys(keys) if keys else ({}, EVERYTHING)
+    networks, boxes = _read_denied(denied) if denied else (NO_NETWORKS, frozenset())
+    return Access(quotas, public, denied_sources=networks, denied_boxes=boxes)
+
+
+def _read_file(path: str) -> str:
+    try:
+        octets = Path(path).read_bytes()
+        return octets.decode("utf-8-sig")
+    except OSError as error:
+        raise SettingError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = octets.count(b"\n", 0, error.start) + 1
+        raise SettingError(f"{path}, line {line}: save the file as UTF-8") from None
+
+
+# The form of each member of a table in the key file, and how to say it to people.
+QUOTA_FORMS: Mapping[str, tuple[Callable[[Any], object], str]] = {
+    "key": (lambda key: _is_text(key) and 1 <= len(key) <= MAX_EXT_CHARS,
+            f"a string of 1 to {MAX_EXT_CHARS} characters"),
+    **dict.fromkeys(("requests_per_day", "bytes", "message_ttl"), (
+        lambda number: type(number) is int and 1 <= number <= MAX_SETTING, "a whole number, at least 1")),
+}
+
+
+def _read_keys(path: str) -> tuple[dict[str, Quota], Quota | None]:
+    """Return the quotas by API key and that of the public."""
+    text = _read_file(path)
+    try:
+        file = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        mistake, _, place = str(error).partition(" (at line ")
+        line = place.partition(",")[0] or len(text.splitlines())
+        raise SettingError(f"{path}, line {line}: {mistake}; write TOML: [keys.NAME], then key = \"...\"") from None
+    tables = _tables_in(file, path, text)
+    public = _quota_in(tables.pop("public"), "public", path, text) if "public" in tables else None
+    quotas: dict[str, Quota] = {}
+    for name, table in tables.items():
+        quota = _quota_in(table, name, path, text)
+        if "key" not in table:
+            raise _mistake(path, text, name, "", f"[{name}] needs a key = \"...\"")
+        if table["key"] in quotas:
+            raise _mistake(path, text, name, "key", f"{quotas[table['key']].name} has the same key; make another")
+        quotas[table["key"]] = quota
+    return quotas, public
+
+
+def _tables_in(file: dict[str, Any], path: str, text: str) -> dict[str, dict[str, Any]]:
+    """Return the tables of a key file by their names, `keys.NAME` and `public`."""
+    keys = file.pop("keys", {})
+    tables = file | ({f"keys.{name}": table for name, table in keys.items()} if isinstance(keys, dict)
+                     else {"keys": keys})
+    for name, table in tables.items():
+        if not isinstance(table, dict) or not name.startswith(("keys.", "public")):
+            raise _mistake(path, text, *name.rpartition(".")[::2],
+                           f"{name} is no table; there are [keys.NAME] and [public]")
+    return tables
+
+
+def _quota_in(table: Mapping[str, Any], name: str, path: str, text: str) -> Quota:
+    members = [member for member in QUOTA_FORMS if name != "public" or member != "key"]
+    for member, value in table.items():
+        if member not in members:
+            raise _mistake(path, text, name, member, f"{member} is unknown; [{name}] may have {', '.join(members)}")
+        fits, form = QUOTA_FORMS[member]
+        if not fits(value):
+            raise _mistake(path, text, name, member, f"{member} must be {form}")
+    return Quota(name, *(table.get(member, 0) for member in ("requests_per_day", "bytes", "message_ttl")))
+
+
+def _mistake(path: str, text: str, table: str, member: str, mend: str) -> SettingError:
+    """Return the error with the line where the member stands, or else its table, as people write TOML."""
+    place, here = 1, not table
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[([^]]*)\]", line)
+        if header:
+            here = re.sub(r"[\s\"']", "", header[1]) == re.sub(r"[\s\"']", "", table)
+        if here and (header or re.match(rf"\s*[\"']?{re.escape(member)}\b", line)):
+            place = number
+            if not header:
+                break
+    return SettingError(f"{path}, line {place}: {mend}")
+
+
+def read_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Return a network from `192.0.2.0/24` or a single address; raise ValueError with what to write."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        with contextlib.suppress(ValueError):
+            raise ValueError(f"write {ipaddress.ip_network(text, strict=False)}") from None
+        raise ValueError("write an address, or a network like 192.0.2.0/24") from None
+
+
+def _read_denied(path: str) -> tuple[Networks, frozenset[bytes]]:
+    """Return the networks and the mailboxes of a file that has one a line, # before a comment."""
+    networks, boxes = [], []
+    for number, line in enumerate(_read_file(path).splitlines(), 1):
+        entry = line.partition("#")[0].strip()
+        try:
+            if _PUB.fullmatch(entry):
+                boxes.append(base64.urlsafe_b64decode(entry + "=="))
+            elif entry:
+                network = read_network(entry)
+                # What is less than a source cannot be denied.
+                too_long = isinstance(network, ipaddress.IPv6Network) and network.prefixlen > SOURCE_PREFIX_BITS
+                networks.append(network.supernet(new_prefix=SOURCE_PREFIX_BITS) if too_long else network)
+        except ValueError as error:
+            raise SettingError(f"{path}, line {number}: {entry[:80]!r} is no address, network or mailbox;"
+                               f" {error}") from None
+    return Networks(networks), frozenset(boxes)
 
 
 # ---------------------------------------------------------------------------------------
@@ -977,6 +1382,15 @@ class Wait(NamedTuple):
 Outcome: TypeAlias = "Reply | Wait | Callable[[], Outcome]"
 
 
+class About(NamedTuple):
+    """What the host says of the relay, for apps to show: it stands in the document."""
+
+    name: str = "Connectoid relay"
+    contact: str | None = None
+    notice: str | None = None
+    price_url: str | None = None
+
+
 def _nothing() -> Reply:
     return Reply(200, {"ok": True, "found": False})
 
@@ -984,12 +1398,17 @@ def _nothing() -> Reply:
 class Relay:
     """Answer requests: `handle` for whoever embeds it, `begin` and `run` for fronts.
 
-    Somebody must call `sweep` about once a second; RelayServer does.
+    Somebody must call `sweep` about once a second; RelayServer and wsgi do. `access` may
+    be replaced at any time.
     """
 
-    def __init__(self, store: Store, limits: Limits | None = None, *, clock: Clock = SYSTEM_CLOCK,
+    def __init__(self, store: Store, limits: Limits | None = None, *, access: Access | None = None,
+                 about: About | None = None, clock: Clock = SYSTEM_CLOCK,
                  random_bytes: Callable[[int], bytes] = secrets.token_bytes, log_ips: bool = False) -> None:
         self.store, self.limits = store, limits or Limits()
+        self.access, self.about = access or Access(), about or About()
+        self.counts = Counts()
+        self._daily, self._traffic = DailyRequests(), Traffic()
         self._clock, self._random_bytes, self._log_ips = clock, random_bytes, log_ips
         wall_us = clock.wall_us()
         # A Raspberry Pi without network believes in 1970, or in the day of its last shutdown.
@@ -1005,7 +1424,7 @@ class Relay:
         self._source_day, self._source_key = 0, b""  # never written: the file shows no addresses
         self._parsing = threading.Lock()
         self._seen_us: dict[bytes, int] = {}  # boxes with a check today, not yet written
-        self._swept_us = self.now_us()
+        self._swept_us = self._started_us = self.now_us()
         with contextlib.suppress(StoreError):  # let an older process with a slower clock know
             store.probe(self.now_us())
         self._probed_us, self._ill = 0, ""  # what /health has to say, asked seldom
@@ -1038,16 +1457,21 @@ class Relay:
         try:
             return call()
         except Refusal as refusal:
-            return refusal.reply()
+            return self.refuse(refusal)
         except StoreFull as error:
             self._complain(str(error))
-            return Refusal(FULL, "The relay's disk is full.", retry_s=60).reply()
+            return self.refuse(Refusal(FULL, "The relay's disk is full.", retry_s=60))
         except StoreError as error:
             self._complain(str(error))
-            return Refusal(BUSY, "The relay cannot use its store.", retry_s=5).reply()
+            return self.refuse(Refusal(BUSY, "The relay cannot use its store.", retry_s=5))
         except Exception:
             log.exception("a request failed; please report this")
-            return Refusal(BUSY, "The relay failed.", retry_s=5).reply()
+            return self.refuse(Refusal(BUSY, "The relay failed.", retry_s=5))
+
+    def refuse(self, refusal: Refusal) -> Reply:
+        """Return what the client is told, and count it."""
+        self.counts.add("connectoid_refusals_total", refusal.error.text)
+        return refusal.reply()
 
     def _complain(self, text: str) -> None:
         if not self._complaints.take(text, self.now_us()):
@@ -1057,11 +1481,11 @@ class Relay:
 
     def _begin_from(self, request: object, address: object) -> Outcome:
         source = source_of(str(address))
-        self._admit(source)
+        self.admit(source)
         return self._begin(request, source)
 
     def _begin_body(self, body: bytes, source: str) -> Outcome:
-        self._admit(source)
+        self.admit(source)
         if len(body) > MAX_INLINE_BYTES:
             return functools.partial(self._begin_long, body, source)
         return self._begin(parse_json(body), source)
@@ -1079,7 +1503,7 @@ class Relay:
             functools.partial(self._begin_item, item, source) for item in request[1:])])
 
     def _begin_item(self, item: object, source: str) -> Outcome:
-        self._admit(source)
+        self.admit(source)
         return self._begin_one(item, source, _BATCH_OPERATIONS)
 
     def _begin_one(self, request: object, source: str, operations: Mapping[str, _Operation]) -> Outcome:
@@ -1088,11 +1512,18 @@ class Relay:
         action = request.get("action")
         if not isinstance(action, str) or action not in operations:
             raise Refusal(BAD_REQUEST, f"action must be one of {', '.join(operations)}.")
+        self.counts.add("connectoid_requests_total", action)
         box = read_box(request)
-        read(request, "ext")  # API keys will be looked up here
-        return operations[action](self, request, box, source)
+        quota = self.access.quota_of(read(request, "ext"))
+        self.access.check_box(box)
+        if retry_s := self._daily.take(quota, self.now_us()):
+            raise Refusal(TOO_OFTEN, f"More than {quota.requests_per_day} requests in a day.", retry_s)
+        return operations[action](self, request, box, source, quota)
 
-    def _admit(self, source: str) -> None:
+    def admit(self, source: str) -> None:
+        """Count a request of a source; raise Refusal if it is denied or asks too often."""
+        if self.access.denies(source):
+            raise Refusal(FORBIDDEN, "This relay does not serve this address.")
         if retry_s := self._requests.take(source, self.now_us()):
             self._complain(f"{source if self._log_ips else 'a source'} asks too often")
             raise Refusal(TOO_OFTEN, f"More than {self.limits.rate} requests in a minute.", retry_s)
@@ -1111,7 +1542,7 @@ class Relay:
 
     # check
 
-    def _check(self, request: Mapping[str, Any], box: bytes, source: str) -> Outcome:
+    def _check(self, request: Mapping[str, Any], box: bytes, source: str, _quota: Quota) -> Outcome:
         at_us, wait_s = read_at(request), min(read(request, "wait", 0), MAX_WAIT_S)
         # From here on without the request: it may be large, and a wait is long.
         return self._look(box, at_us, wait_s, source)
@@ -1147,20 +1578,25 @@ class Relay:
                 raise Refusal(TOO_OFTEN, f"More than {self.limits.max_seals} questions in a minute.", retry_s)
             answer = encode_base64url(self._random_bytes(ANSWER_BYTES))
             made = (seal_question(box, answer), hash_answer(answer))
+            self.counts.add("connectoid_questions_total")
             question = self.store.put_question(box, made, ttl_us, now_us)
         return Reply(200, {"ok": True, "found": True, "question": question})
 
+    def admit_datagram(self, source: str) -> bool:
+        """Count a datagram against the budget of all; return whether it may be answered."""
+        return not self._datagrams.take("udp", self.now_us()) and not self.access.denies(source)
+
     def glance(self, request: object) -> bool:
         """Return what a UDP check finds; raise Refusal or StoreError. PROTOCOL.md, "UDP"."""
-        if self._datagrams.take("udp", self.now_us()):
-            raise Refusal(TOO_OFTEN)
         if not isinstance(request, dict) or request.get("action") != "check":
             raise Refusal(BAD_REQUEST)
-        return self._found(read_box(request), read_at(request))
+        box = read_box(request)
+        self.access.check_box(box)
+        return self._found(box, read_at(request))
 
     # receive
 
-    def _receive(self, request: Mapping[str, Any], box: bytes, _source: str) -> Outcome:
+    def _receive(self, request: Mapping[str, Any], box: bytes, _source: str, _quota: Quota) -> Outcome:
         answer, limit = read(request, "answer"), read(request, "limit", 1)
         return functools.partial(self._deliver, box, answer, read_at(request), limit)
 
@@ -1186,15 +1622,16 @@ class Relay:
 
     # send
 
-    def _send(self, request: Mapping[str, Any], box: bytes, source: str) -> Outcome:
-        return functools.partial(self._keep, box, read_data(request), source)
+    def _send(self, request: Mapping[str, Any], box: bytes, source: str, quota: Quota) -> Outcome:
+        return functools.partial(self._keep, box, read_data(request), source, quota)
 
-    def _keep(self, box: bytes, sealed: str, source: str) -> Reply:
+    def _keep(self, box: bytes, sealed: str, source: str, quota: Quota) -> Reply:
         now_us = self.now_us()
         read_public_key(box)  # nothing is kept for a box that nobody can open
         if retry_s := self._sends.take((box, source), now_us) or self._sent_bytes.take(source, now_us, len(sealed)):
             raise Refusal(TOO_OFTEN, "Too many messages from one source.", retry_s)
-        message = Message(box, sealed, self._hash_source(source), self.limits.message_ttl_s * SECOND_US)
+        ttl_us = (quota.message_ttl_s or self.limits.message_ttl_s) * SECOND_US
+        message = Message(box, sealed, self._hash_source(source), ttl_us, quota)
         try:
             self.store.put(message, self.limits, now_us)
         except NoRoom as error:
@@ -1212,6 +1649,8 @@ class Relay:
         if error.whose == "relay":
             self._complain("the storage is full (--max-bytes)")
             return Refusal(FULL, "The relay's storage is full.", retry_s=60)
+        if error.whose == "quota":
+            return Refusal(TOO_OFTEN, "The quota of bytes is used up until messages expire.", retry_s=60)
         retry_s = seconds_until(error.until_us, self.now_us())
         if error.whose == "source":
             return Refusal(TOO_OFTEN, f"One source may fill 1/{SOURCE_SHARE} of a box.", retry_s)
@@ -1232,6 +1671,8 @@ class Relay:
         now_us = self.now_us()
         # Another process may have a clock that is ahead: without this ours would stand still.
         self._base_us += max(0, self.store.time_us() - now_us)
+        self._traffic.note(sum(count for (name, _), count in self.counts.taken().items()
+                               if name == "connectoid_requests_total"), self.now_us())
         try:
             self._write_seen()
         finally:
@@ -1240,6 +1681,7 @@ class Relay:
         return more
 
     def _write_seen(self) -> None:
+        self._daily.share(self.store, self.now_us())
         seen_us = dict(self._seen_us)
         if seen_us:
             self.store.keep_boxes(seen_us, self.now_us())
@@ -1247,8 +1689,8 @@ class Relay:
             if self._seen_us.get(box) == until_us:  # else it was checked again meanwhile, on another day
                 del self._seen_us[box]
 
-    def health(self) -> Reply:
-        """Return 200 while a write and a read of the store work and the sweeper lives; may block."""
+    def ill(self) -> str:
+        """Return why the relay is not well, or nothing: a real write and read, seldom; may block."""
         now_us = self.now_us()
         if now_us - self._probed_us >= PROBE_EVERY_US:
             self._probed_us = now_us
@@ -1258,21 +1700,58 @@ class Relay:
             except Exception as error:  # whatever it is, the store is not well
                 self._complain(str(error))
                 self._ill = "The store cannot be read or written."
-        late = now_us - self._swept_us > SWEEPER_LATE_US
-        ill = "The sweeper has stopped." if late else self._ill
+        return "The sweeper has stopped." if self.sweeper_is_late() else self._ill
+
+    def health(self) -> Reply:
+        """Return 200 while a write and a read of the store work and the sweeper lives; may block."""
+        ill = self.ill()
         return Refusal(BUSY, ill, retry_s=5).reply() if ill else Reply(200, {"ok": True})
 
+    def sweeper_is_late(self) -> bool:
+        """Return whether nobody has swept for a minute."""
+        return self.now_us() - self._swept_us > SWEEPER_LATE_US
+
     def document(self) -> dict[str, Any]:
-        """Return what apps and people may know of this relay. PROTOCOL.md, "GET /"."""
+        """Return what apps and people may know of this relay. PROTOCOL.md, "HTTP"."""
         limits = asdict(self.limits)
         retention = {name: limits.pop(f"{name}_ttl_s") for name in ("message", "question", "box")}
+        if self.access.public and self.access.public.message_ttl_s:
+            retention["message"] = self.access.public.message_ttl_s
         return {
-            "name": "Connectoid relay",
+            "name": self.about.name,
             "description": "Keeps small encrypted messages until the app they are for comes online.",
-            "software": "connectoid_relay", "version": __version__, "contact": None,
+            "software": "connectoid_relay", "version": __version__, "contact": self.about.contact,
             "limits": limits, "retention": retention, "udp": False, "stun": False,
-            "notice": None, "price_url": None,
+            "notice": self.about.notice, "price_url": self.about.price_url,
         }
+
+    def uptime_s(self) -> int:
+        """Return the whole seconds since the start."""
+        return (self.now_us() - self._started_us) // SECOND_US
+
+    def stored(self) -> Stored | None:
+        """Return what the store holds, None if that cannot be said now."""
+        try:
+            return self.store.stored()
+        except StoreError as error:
+            self._complain(str(error))
+            return None
+
+    def traffic(self) -> list[int]:
+        """Return the requests of each of the last minutes, the current one last."""
+        return self._traffic.per_minute()
+
+    def samples(self) -> dict[Sample, int]:
+        """Return the metrics that the core knows; may block. Without those of a store that fails."""
+        samples = self.counts.taken()
+        gauges = {"healthy": not self.ill(), "uptime_seconds": self.uptime_s(),
+                  "sweep_age_seconds": (self.now_us() - self._swept_us) // SECOND_US}
+        if stored := self.stored():
+            gauges |= {"messages": stored.messages, "message_bytes": stored.bytes, "boxes": stored.boxes}
+        samples |= {(f"connectoid_{name}", ""): int(number) for name, number in gauges.items()}
+        samples |= {("connectoid_limit", name): number for name, number in asdict(self.limits).items()}
+        samples["connectoid_info", __version__] = 1
+        return samples
 
     def close(self) -> None:
         """Write down who was seen and close the store."""
@@ -1281,7 +1760,7 @@ class Relay:
         self.store.close()
 
 
-_Operation: TypeAlias = Callable[[Relay, Mapping[str, Any], bytes, str], Outcome]
+_Operation: TypeAlias = Callable[[Relay, Mapping[str, Any], bytes, str, Quota], Outcome]
 _OPERATIONS: Mapping[str, _Operation] = {"send": Relay._send, "check": Relay._check, "receive": Relay._receive}
 _BATCH_OPERATIONS: Mapping[str, _Operation] = {"check": Relay._check}
 
@@ -1297,32 +1776,22 @@ _HEAD = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n((?:" + _FIE
 _HOPELESS = re.compile(rb"\x00|(?<!\r)\n|\r(?!\n|\Z)")  # TLS, for one, has a NUL at once
 _LENGTH = re.compile(rb"[0-9]{1,9}")
 _AUTHORITY = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)
-_METHODS = {"/": ("GET", "HEAD", "POST", "OPTIONS"), "/health": ("GET", "HEAD", "OPTIONS")}
+_METHODS = {"/": "GET, HEAD, POST, OPTIONS", "/health": "GET, HEAD, OPTIONS", "/metrics": "GET, HEAD, OPTIONS"}
 HEAD_END = b"\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-# Lines of headers, for any reply.
+# Lines of headers.
 CLOSE = b"Connection: close\r\n"
 JSON = b"Content-Type: application/json\r\n"
-HTML = b"Content-Type: text/html; charset=utf-8\r\n"
 CORS = b"Access-Control-Allow-Origin: *\r\n"
-# Without the empty line at the end: CLOSE may come before it.
-PREFLIGHT = (b"HTTP/1.1 204 No Content\r\n" + CORS + b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
-             b"Access-Control-Allow-Headers: Content-Type\r\nAccess-Control-Max-Age: 86400\r\n")
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta name="color-scheme" content="light dark">
-<title>{name}</title>
-<style>body {{ font: 1.1rem/1.5 system-ui, sans-serif; max-width: 36rem; margin: 3rem auto; padding: 0 1rem }}</style>
-<h1>{name}</h1>
-<p>{description}</p>
-<p>It knows neither who writes nor what: messages are sealed for the key that is the mailbox, and only
-the holder of that key can have them. They are deleted after {minutes} minutes.</p>
-<p>Connectoid relay {version}. Apps use <code>POST /</code>;
-<code>GET /health</code> says whether the relay is well.</p>
-</html>
-"""
+VARY = b"Vary: Accept\r\n"
+PREFLIGHT = (b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\nAccess-Control-Allow-Headers: Content-Type\r\n"
+             b"Access-Control-Max-Age: 86400\r\n")
+# Nothing of the page comes from anywhere else or runs, whatever its host has written.
+GUARDED = (b"Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'\r\n"
+           b"X-Content-Type-Options: nosniff\r\n")
+NO_CONTENT = Reply(204, Text("", ""))
+HTML_TYPE = "text/html; charset=utf-8"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Head(NamedTuple):
@@ -1334,6 +1803,7 @@ class Head(NamedTuple):
     keep_alive: bool
     expects_continue: bool
     wants_json: bool
+    forwarded_for: str
 
 
 def take_head(incoming: bytearray, limit: int, searched: int = 0) -> Head | None:
@@ -1374,46 +1844,251 @@ def parse_head(octets: bytes) -> Head:
             name == b"connection" and b"close" in value.lower() for name, value in headers),
         expects_continue=minor == b"1" and header.get(b"expect", b"").lower() == b"100-continue",
         wants_json=b"application/json" in header.get(b"accept", b""),
+        forwarded_for=b",".join(value for name, value in headers if name == b"x-forwarded-for").decode("latin-1")
+        if b"x-forwarded-for" in header else "",
     )
 
 
-def render(status: int, body: bytes, head: Head | None, headers: bytes) -> bytes:
+def respond(reply: Reply, head: Head | None) -> tuple[bytes, bytes]:
+    """Return the lines of headers and the body of a reply; the head is None if there was none.
+
+    `retry` is also a header; JSON ends with a line for whoever uses curl.
+    """
+    if isinstance(reply.body, Text):
+        body = reply.body.text.encode("utf-8")
+        headers = CORS + b"Content-Type: %s\r\n" % reply.body.media_type.encode("ascii") + GUARDED
+    else:
+        body, headers = json.dumps(reply.body).encode("ascii") + b"\n", CORS + JSON
+        if isinstance(reply.body, dict) and "retry" in reply.body:
+            headers += b"Retry-After: %d\r\n" % reply.body["retry"]
+    if reply.status == HTTPStatus.NO_CONTENT:
+        return CORS + PREFLIGHT, b""
+    if reply.status == HTTPStatus.METHOD_NOT_ALLOWED and head:
+        headers += b"Allow: %s\r\n" % _METHODS[head.path].encode("ascii")
+    if head and head.path == "/" and head.method != "POST":
+        headers += VARY
+    return headers + b"Content-Length: %d\r\n" % len(body), b"" if head and head.method == "HEAD" else body
+
+
+def render(reply: Reply, head: Head | None = None) -> bytes:
     """Return a whole reply to a request; to None, which was not read to its end, the last.
 
     Without a Date: the relay has no clock that it would swear by.
     """
-    return b"HTTP/1.1 %d %s\r\nContent-Length: %d\r\n%s%s%s\r\n%s" % (
-        status, HTTPStatus(status).phrase.encode("ascii"), len(body), CORS, headers,
-        b"" if head and head.keep_alive else CLOSE, b"" if head and head.method == "HEAD" else body)
+    headers, body = respond(reply, head)
+    return b"HTTP/1.1 %d %s\r\n%s%s\r\n%s" % (reply.status, HTTPStatus(reply.status).phrase.encode("ascii"), headers,
+                                            b"" if head and head.keep_alive else CLOSE, body)
 
 
-def render_reply(reply: Reply, head: Head | None = None, headers: bytes = b"") -> bytes:
-    """Return a reply of the core as HTTP: `retry` also as a header, an end of line for whoever uses curl."""
-    if isinstance(reply.body, dict) and "retry" in reply.body:
-        headers += b"Retry-After: %d\r\n" % reply.body["retry"]
-    return render(reply.status, json.dumps(reply.body).encode("ascii") + b"\n", head, JSON + headers)
+class Front(NamedTuple):
+    """What a front tells of itself in the document and in the metrics."""
+
+    udp: bool = False
+    stun: bool = False
+    gauges: Callable[[], Mapping[str, int]] = dict
 
 
-def render_page(document: dict[str, Any], head: Head) -> bytes:
-    """Return the relay's document: JSON for apps that ask for it, a page for people."""
+def route(relay: Relay, head: Head, body: bytes, source: str, front: Front) -> Outcome:
+    """Return what an HTTP request of a source comes to, without blocking."""
+    if head.method == "OPTIONS":
+        return NO_CONTENT
+    if head.path not in _METHODS:
+        return relay.refuse(Refusal(NOT_FOUND))
+    if head.method not in _METHODS[head.path].split(", "):
+        return relay.refuse(Refusal(NOT_ALLOWED))
+    if head.method == "POST":
+        return relay.begin(body, source)
+    if head.path == "/health":
+        return relay.health
+    return relay.step(functools.partial(_show, relay, head, source, front))
+
+
+def _show(relay: Relay, head: Head, source: str, front: Front) -> Outcome:
+    """Return what people and monitors see."""
+    relay.admit(source)
+    if head.path == "/metrics":
+        return lambda: Reply(200, Text(METRICS_TYPE, render_metrics(relay.samples() | {
+            (f"connectoid_{name}", ""): number for name, number in front.gauges().items()})))
+    document = relay.document() | {"udp": front.udp, "stun": front.stun}
     if head.wants_json:
-        return render_reply(Reply(200, document), head, b"Vary: Accept\r\n")
-    texts = {name: html.escape(str(document[name])) for name in ("name", "description", "version")}
-    page = PAGE.format(minutes=document["retention"]["message"] // 60, **texts)
-    return render(200, page.encode("utf-8"), head, HTML + b"Vary: Accept\r\n")
+        return Reply(200, document)
+    return lambda: Reply(200, Text(HTML_TYPE, render_page(relay, document)))
+
+
+def render_metrics(samples: Mapping[Sample, int]) -> str:
+    """Return samples in Prometheus's text format 0.0.4, in the order of METRICS."""
+    lines = []
+    for name, metric in METRICS.items():
+        found = [(value, number) for (sampled, value), number in samples.items() if sampled == name]
+        if found:
+            lines += [f"# HELP {name} {metric.meaning}", f"# TYPE {name} {metric.type}"]
+        lines += [f'{name}{{{metric.label}="{value}"}} {number}' if metric.label else f"{name} {number}"
+                  for value, number in found]
+    return "\n".join([*lines, ""])
 
 
 # ---------------------------------------------------------------------------------------
-# UDP: one datagram with a check, one back, never longer. A pure function; whatever is
-# not a well-formed check gets nothing, so that a forged sender gains nothing.
+# The page that people see at GET /: no script, nothing from elsewhere. A template and
+# pure functions for its parts.
+# ---------------------------------------------------------------------------------------
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{name}</title>
+<style>
+:root {{ color-scheme: light dark; --paper: #fcfcfa; --ink: #1d2124; --soft: #596168; --line: #dddfdc; --note: #f5efdd;
+  --link: #2f756c; --well: #1f6d43; --ill: #a8321f }}
+@media (prefers-color-scheme: dark) {{ :root {{ --paper: #15181a; --ink: #e3e5e6; --soft: #9ea6ac; --line: #343a3e;
+  --note: #2b2719; --link: #6fb5aa; --well: #7cc79b; --ill: #f19480 }} }}
+body {{ margin: 0 auto; max-width: 48rem; padding: 2.5rem 1.25rem; overflow-wrap: anywhere;
+  background: var(--paper); color: var(--ink); font: 1.0625rem/1.55 system-ui, sans-serif }}
+h1 {{ margin: 0; font-size: 1.9rem; line-height: 1.2 }} h2 {{ margin: 0 0 .75rem; font-size: 1em }}
+p {{ margin: 0 0 .75rem }} dl, figure {{ margin: 0 0 1.25rem }} h1 + p {{ margin-top: .4rem }}
+aside {{ margin: 1rem 0; border-left: 4px solid; padding: .75rem 1rem; background: var(--note); white-space: pre-line }}
+section {{ margin-top: 1.5rem; border-top: 1px solid var(--line); padding-top: 1.25rem }}
+@media (min-width: 46rem) {{ section {{ display: grid; grid-template-columns: 11rem 1fr }} }}
+dl {{ display: grid; grid-template-columns: 43% 1fr }} dt {{ padding-right: .75rem }} dd {{ margin: 0 }}
+dd ~ dt, dd ~ dd {{ margin-top: .4rem; border-top: 1px solid var(--line); padding-top: .4rem }}
+svg {{ display: block; width: 100%; height: 4.5rem; margin: .5rem 0 .25rem; border-bottom: 1px solid var(--line) }}
+h1 + p, dt, figure {{ color: var(--soft) }} a, svg {{ color: var(--link) }} path {{ fill: currentColor }}
+code {{ white-space: nowrap }} figure, code {{ font-size: .9em }} span + span {{ float: right }}
+strong::before {{ content: ""; display: inline-block; border: .3em solid; margin-right: .55em }}
+.well {{ color: var(--well) }} .well::before {{ border-radius: 50% }}
+.ill {{ color: var(--ill) }} .ill::before {{ transform: rotate(45deg) }}
+</style>
+<main><h1>{name}</h1><p>{description}</p>{notice}
+<p><strong class="{health}">{state}</strong> Up for {uptime}.</p>
+<section><h2>What it does</h2><div>
+<p>It passes small messages between apps that are not online at the same time. A mailbox is a public key. Apps seal
+their messages for it, so that only the holder of the private key can open them.</p>
+<p>The relay knows neither who writes nor what. It can delay or lose a message, and it sees which mailboxes are used,
+when, and from which network addresses. Every message is deleted when its time is over, read or not.</p></div></section>
+<section><h2>Now</h2><div>{bars}<dl><dt>Messages<dd>{messages}<dt>Storage<dd>{used} of {room}
+<dt>Mailboxes with a proven owner<dd>{boxes} of {limits[max_boxes]:,}</dl></div></section>
+<section><h2>Limits</h2><dl><dt>Requests from one address<dd>{rate}<dt>Connections at a time<dd>{connections}
+<dt>Size of a message<dd>24 KiB (32,768 characters)<dt>A message is kept<dd>{kept}, unless an API key says otherwise
+<dt>Messages in a mailbox<dd>{limits[max_box_messages]:,}, at most {box}<dt>An unused mailbox is kept<dd>{box_kept}
+</dl></section>
+<section><h2>About</h2><div><dl>{contact}{price}<dt>Checks over UDP<dd>{udp}<dt>STUN<dd>{stun}
+<dt>Software<dd>{software} {version}</dl>
+<p>Apps use <code>POST /</code>, and have this page as JSON with <code>Accept: application/json</code>. Monitors use
+<code>GET /health</code> and <code>GET /metrics</code>.</p></div></section></main>
+</html>
+"""
+
+
+def render_page(relay: Relay, document: Mapping[str, Any]) -> str:
+    """Return the page for people; may block."""
+    texts = {name: html.escape(str(document[name] or "")) for name in ("name", "description", "software", "version")}
+    limits, retention = document["limits"], document["retention"]
+    notice, contact, price = (document[name] or "" for name in ("notice", "contact", "price_url"))
+    ill, stored = relay.ill(), relay.stored()
+    return PAGE.format(
+        **texts, limits=limits, bars=_bars(relay.traffic()), uptime=_span(relay.uptime_s()),
+        health="ill" if ill else "well", state=html.escape(f"Not well: {ill}" if ill else "All is well."),
+        notice=notice and f'\n<aside aria-label="Notice">{html.escape(notice)}</aside>',
+        contact=contact and f"<dt>Contact<dd>{_link(contact, contact.removeprefix('mailto:'))}\n",
+        price=price and f"<dt>Prices<dd>{_link(price, 'What this relay costs')}\n",
+        messages=f"{stored.messages:,}" if stored else "unknown", boxes=f"{stored.boxes:,}" if stored else "unknown",
+        used=_size(stored.bytes) if stored else "unknown", room=_size(limits["max_bytes"]),
+        box=_size(limits["max_box_bytes"]), kept=_span(retention["message"]), box_kept=_span(retention["box"]),
+        rate=f"{limits['rate']:,} a minute" if limits["rate"] else "no limit",
+        connections=f"{limits['max_connections']:,}" if limits["max_connections"] else "no limit",
+        **{name: "on" if document[name] else "off" for name in ("udp", "stun")})
+
+
+def _link(target: str, words: str) -> str:
+    """Return a link to a web or mail address; anything else as text, so that no `javascript:` becomes a link."""
+    url = f"mailto:{target}" if re.fullmatch(r"[\w.+-]+@[\w.-]+", target) else target
+    if not re.fullmatch(r"(https?://|mailto:)\S+", url):
+        return html.escape(target)
+    return f'<a href="{html.escape(url)}" rel="noreferrer">{html.escape(words)}</a>'
+
+
+def _bars(traffic: Sequence[int]) -> str:
+    """Return a picture of the last 60 minutes: a dash for one without requests, nothing for one before the start."""
+    shown, path = traffic[-60:], ""
+    most = max(shown, default=0)
+    for x, requests in enumerate(shown, 60 - len(shown)):
+        height = 1 + 2 * (requests > 0) + round(69 * requests / max(most, 10))  # 10: a single one is no rush
+        path += f"M{10 * x} 72v-{height}h8v{height}z"
+    words = f"Requests per minute: {most:,} at most" if most else "No requests in the last 60 minutes"
+    return (f'<figure><figcaption>{words}</figcaption>\n<svg viewBox="0 0 598 72" preserveAspectRatio="none" '
+            f'role="img" aria-label="{words}. One bar a minute."><path d="{path}"/></svg>\n'
+            "<p><span>60 minutes ago</span><span>now</span></p></figure>\n")
+
+
+def _span(seconds: int) -> str:
+    """Return a time in its two largest units: 1 day 4 hours."""
+    words = []
+    for unit, unit_s in (("day", 86_400), ("hour", 3_600), ("minute", 60), ("second", 1)):
+        count, seconds = divmod(seconds, unit_s)
+        words += [f"{count:,} {unit}{'s' * (count != 1)}"] * (count > 0)
+    return " ".join(words[:2]) or "0 seconds"
+
+
+def _size(octets: int) -> str:
+    """Return a size in the largest unit that it fills: 1.5 KiB."""
+    power = min(max(octets.bit_length() - 1, 0) // 10, 4)
+    return f"{round(octets / 1024**power, 1):g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+# ---------------------------------------------------------------------------------------
+# UDP: one datagram with a check, one back, never longer, and STUN (RFC 8489) on the same
+# port. Pure functions; whatever is neither gets nothing, so that a forged sender gains
+# nothing.
 # ---------------------------------------------------------------------------------------
 
 MAX_DATAGRAM_BYTES = 2_048  # more than any check needs
+STUN_COOKIE = 0x2112A442
+STUN_HEADER = struct.Struct(">HHI12s")  # type, length of the attributes, cookie, transaction
+STUN_ATTRIBUTE = struct.Struct(">HH")  # type, length
+BINDING_REQUEST, BINDING_SUCCESS, XOR_MAPPED_ADDRESS = 0x0001, 0x0101, 0x0020
+COMPREHENSION_OPTIONAL = 0x8000  # attributes from here on may be ignored
 
 
-def answer_datagram(relay: Relay, datagram: bytes) -> bytes | None:
-    """Return the reply to a datagram, or None for none. PROTOCOL.md, "UDP"."""
-    if len(datagram) > MAX_DATAGRAM_BYTES:
+def is_stun(datagram: bytes) -> bool:
+    """Return whether a datagram is STUN: the first two bits are 0 and the cookie is in its place."""
+    return len(datagram) >= STUN_HEADER.size and datagram[0] < 0x40 and (  # noqa: PLR2004 - two bits
+        datagram[4:8] == STUN_COOKIE.to_bytes(4, "big"))
+
+
+def answer_stun(datagram: bytes, address: str, port: int) -> bytes | None:
+    """Return the sender's address, as we see it, for a Binding request; None for anything else.
+
+    A request that needs an attribute understood gets nothing either: an error (RFC 8489,
+    section 6.3.1) would help nobody but a forger.
+    """
+    kind, length, cookie, transaction = STUN_HEADER.unpack_from(datagram)
+    if kind != BINDING_REQUEST or length != len(datagram) - STUN_HEADER.size or not _may_be_ignored(datagram):
+        return None
+    family, octets = (1, socket.inet_aton(address)) if ":" not in address else (
+        2, socket.inet_pton(socket.AF_INET6, address.partition("%")[0]))
+    if octets.startswith(IPV4_MAPPED):
+        family, octets = 1, octets[len(IPV4_MAPPED):]
+    mask = cookie.to_bytes(4, "big") + transaction
+    hidden = bytes(octet ^ key for octet, key in zip(octets, mask, strict=False))
+    value = struct.pack(">xBH", family, port ^ cookie >> 16) + hidden
+    attribute = STUN_ATTRIBUTE.pack(XOR_MAPPED_ADDRESS, len(value)) + value
+    return STUN_HEADER.pack(BINDING_SUCCESS, len(attribute), cookie, transaction) + attribute
+
+
+def _may_be_ignored(datagram: bytes) -> bool:
+    """Return whether all attributes of a request are whole and may be ignored."""
+    place = STUN_HEADER.size
+    while place + STUN_ATTRIBUTE.size <= len(datagram):
+        kind, length = STUN_ATTRIBUTE.unpack_from(datagram, place)
+        if kind < COMPREHENSION_OPTIONAL:
+            return False
+        place += STUN_ATTRIBUTE.size + length + -length % 4
+    return place == len(datagram)
+
+
+def answer_datagram(relay: Relay, datagram: bytes, source: str = "") -> bytes | None:
+    """Return the reply to a datagram with a check, or None for none. PROTOCOL.md, "UDP"."""
+    if len(datagram) > MAX_DATAGRAM_BYTES or not relay.admit_datagram(source):
         return None
     try:
         request = parse_json(datagram)
@@ -1436,6 +2111,8 @@ def answer_datagram(relay: Relay, datagram: bytes) -> bytes | None:
 
 NOTHING, READ, WRITE = 0, selectors.EVENT_READ, selectors.EVENT_WRITE
 NEVER_S = float("inf")
+# What a socket says that has nothing to read now, or no room to write.
+NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 EVERYBODY = ""  # the key of the count of all connections, beside those of the sources
 
 _T = TypeVar("_T")
@@ -1445,11 +2122,12 @@ _Steps: TypeAlias = Generator[int, Any, _T]  # yields events; at a deadline gets
 class _Client:
     """A connection: its socket, what came in and is not used yet, and how it goes on."""
 
-    __slots__ = ("counted", "cursor_us", "deadline_s", "events", "held", "idle", "incoming", "socket",
-                 "source", "steps")
+    __slots__ = ("address", "counted", "cursor_us", "deadline_s", "events", "held", "idle", "incoming", "proxy",
+                 "socket", "source", "steps")
 
-    def __init__(self, connection: socket.socket, source: str) -> None:
-        self.socket, self.source, self.events = connection, source, NOTHING
+    def __init__(self, connection: socket.socket, address: str, proxies: Networks) -> None:
+        self.socket, self.address, self.source, self.events = connection, address, source_of(address), NOTHING
+        self.proxy = address in proxies  # one that we trust: its clients are many
         self.incoming, self.held = bytearray(), 0  # held: bytes kept from one turn to another
         self.deadline_s = NEVER_S
         self.counted = False  # among the connections: a refused one no longer is
@@ -1471,21 +2149,78 @@ def _add(counter: collections.Counter[str], source: str, change: int) -> None:
             del counter[key]
 
 
+def load_tls(certificate: str, key: str) -> ssl.SSLContext:
+    """Return what TLS needs, from PEM files: the chain and its private key. Raises SettingError."""
+    for path in (certificate, key):
+        _read_file(path)  # for its words: those of ssl name no file
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 or newer
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(certificate, key, password=lambda: b"")  # nobody is here to be asked
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise SettingError(f"{key} is not the key of {certificate}; give the two that belong together") from None
+        mend = "without a passphrase, " if "ENCRYPTED" in _read_file(key) else ""
+        raise SettingError(f"{certificate} or {key} cannot be used; give a chain of certificates and its private"
+                           f" key, {mend}both as PEM") from None
+    return context
+
+
+def _shake_hands(connection: ssl.SSLSocket) -> int | None:
+    """Do what can be done of a TLS handshake now; return the events it waits for, None if it has failed."""
+    try:
+        connection.do_handshake()
+    except ssl.SSLWantReadError:
+        return READ
+    except ssl.SSLWantWriteError:
+        return WRITE
+    except (OSError, ValueError):  # ValueError: it is closed
+        return None
+    return NOTHING
+
+
+def _end_tls(connection: socket.socket) -> None:
+    """Say that nothing follows, so that the client knows that nothing was cut off."""
+    if isinstance(connection, ssl.SSLSocket):
+        with contextlib.suppress(OSError, ValueError):
+            connection.unwrap()
+
+
+def sweep_until(stop: threading.Event, relay: Relay) -> None:
+    """Sweep about once a second, in small steps while there is much to do: the body of a thread."""
+    pause_s = 0.0
+    while not stop.wait(pause_s):
+        try:
+            pause_s = SWEEP_PAUSE_S if relay.sweep() else SWEEP_EVERY_S
+        except Exception as error:
+            log.warning("connectoid relay: cannot sweep: %s", error)
+            pause_s = SWEEP_RETRY_S
+
+
 class RelayServer(http.server.ThreadingHTTPServer):
     """Serve a relay over HTTP, and over UDP if asked: an http.server with other insides.
 
     `serve_forever`, `shutdown`, `server_close`, `server_port` and `with` are as usual; it
-    serves once. The host "" is all interfaces, IPv6 and IPv4. Raises OSError if the
-    address cannot be had.
+    serves once. The host "" is all interfaces, IPv6 and IPv4. `udp` answers checks and
+    `stun` Binding requests in single datagrams; `tls`, which may be replaced while it
+    serves, is what `load_tls` gives; `inherited` are sockets that listen already, one
+    stream and at most one of datagrams. Raises OSError if the address cannot be had.
     """
 
     request_queue_size = LISTEN_BACKLOG
 
-    def __init__(self, server_address: tuple[str, int], relay: Relay, *, udp: bool = False) -> None:
+    def __init__(self, server_address: tuple[str, int], relay: Relay, *, udp: bool = False, stun: bool = False,
+                 tls: ssl.SSLContext | None = None, proxies: Networks = NO_NETWORKS,
+                 inherited: Sequence[socket.socket] = (), on_tick: Callable[[], None] = lambda: None) -> None:
         host = server_address[0]
+        self._inherited = {opened.type: opened for opened in inherited}
         self.address_family = (socket.getaddrinfo(host, None)[0][0] if host else
                                socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
-        self.relay, self.limits = relay, relay.limits
+        self.relay, self.limits, self.tls = relay, relay.limits, tls
+        self._proxies, self._on_tick = proxies, on_tick
+        self._front = Front(udp, stun, self._gauges)
+        self._handshakes = RateLimit(relay.limits.rate, MINUTE_US)  # one costs as much as a seal
         self._selector = selectors.DefaultSelector()
         self._clients: set[_Client] = set()
         self._open: collections.Counter[str] = collections.Counter()  # connections per source, and of EVERYBODY
@@ -1493,11 +2228,12 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._places = 0  # taken in _waiting
         self._held: collections.Counter[str] = collections.Counter()  # bytes, counted in the same way
         self._cursor_us = relay.store.time_us() - 1  # up to which messages the loop knows all
-        self._tasks: queue.SimpleQueue[tuple[_Client, Outcome] | None] = queue.SimpleQueue()
-        self._done: collections.deque[tuple[_Client, Outcome]] = collections.deque()
+        self._tasks: queue.SimpleQueue[tuple[_Client, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._done: collections.deque[tuple[_Client, Any]] = collections.deque()
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._finished, self._no_more_sweeps = threading.Event(), threading.Event()
         self._finished.set()
-        self._stop_asked = self._stopping = False  # stopping: no new connections, no waits
+        self._stopping = False  # then there are no new connections and no waits
         self._now_s = self._next_tick_s = self._drained_by_s = time.monotonic()
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
@@ -1505,17 +2241,22 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._selector.register(self._wake_reader, READ, self._finish_tasks)
         self._udp: socket.socket | None = None
         super().__init__(server_address, http.server.BaseHTTPRequestHandler)
-        if udp:
+        if udp or stun:
             self._bind_udp()
 
     # What http.server does otherwise
 
     def server_bind(self) -> None:
-        """Bind without asking the DNS for our name; replies are not held back (Nagle)."""
-        _take_ipv4_too(self.socket)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited
+        """Bind without asking the DNS for our name, or take the socket that we inherit."""
+        if inherited := self._inherited.get(socket.SOCK_STREAM):
+            self.socket.close()
+            self.socket, self.server_address = inherited, inherited.getsockname()
+        else:
+            _take_ipv4_too(self.socket)
+            socketserver.TCPServer.server_bind(self)
+        # What is accepted has this too: replies are not held back (Nagle).
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
-        socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
@@ -1524,7 +2265,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         Nothing is polled for: poll_interval is there because http.server has it.
         """
         self._finished.clear()
-        bodies = [self._sweep, *[self._work] * POOL_THREADS]
+        bodies: list[Callable[[], None]] = [
+            functools.partial(sweep_until, self._no_more_sweeps, self.relay), *[self._work] * POOL_THREADS]
         threads = [threading.Thread(target=body, daemon=True) for body in bodies]
         for thread in threads:
             thread.start()
@@ -1546,7 +2288,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Have serve_forever return soon; for signal handlers."""
-        self._stop_asked = True
+        self.soon(self._drain)
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Have the serving thread make a call; for signal handlers and other threads."""
+        self._calls.append(call)
         self._wake()
 
     def server_close(self) -> None:
@@ -1560,7 +2306,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a new connection in; no thread is made for it."""
         request.setblocking(False)
-        client = _Client(request, source_of(client_address[0]))
+        client = _Client(request, client_address[0], self._proxies)
         client.steps = self._converse(client)
         self._clients.add(client)
         self._count(client, True)
@@ -1571,20 +2317,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def _work(self) -> None:
         """Do what may take long, until there is None to do: the body of each pool thread."""
         while (task := self._tasks.get()) is not None:
-            client, outcome = task
-            self._done.append((client, self.relay.run(outcome)))
-            del task, outcome  # a parsed request may be large, and the next one far
+            client, call = task
+            self._done.append((client, call()))
+            del task, call  # a parsed request may be large, and the next one far
             self._wake()
-
-    def _sweep(self) -> None:
-        """Sweep, in small steps while there is much to do: the body of the sweeper's thread."""
-        pause_s = 0.0
-        while not self._no_more_sweeps.wait(pause_s):
-            try:
-                pause_s = SWEEP_PAUSE_S if self.relay.sweep() else SWEEP_EVERY_S
-            except Exception as error:
-                log.warning("connectoid relay: cannot sweep: %s", error)
-                pause_s = SWEEP_RETRY_S
 
     # The loop
 
@@ -1599,12 +2335,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._now_s = time.monotonic()
         if self._now_s >= self._next_tick_s:
             self._tick()
-        if self._stop_asked and not self._stopping:
-            self._drain()
 
     def _tick(self) -> None:
         """Do what is due: deadlines, messages of other processes, accepting (again)."""
         self._next_tick_s = self._now_s + TICK_S
+        self._on_tick()
         for client in [client for client in self._clients if client.deadline_s <= self._now_s]:
             self._resume(client, error=TimeoutError())
         self._wake_waiting()
@@ -1614,6 +2349,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def _drain(self) -> None:
         """Stop accepting, answer who waits, let go of who is idle."""
+        if self._stopping:
+            return
         self._stopping, self._drained_by_s = True, self._now_s + DRAIN_S
         with contextlib.suppress(KeyError):  # it is not registered just now
             self._selector.unregister(self.socket)
@@ -1631,8 +2368,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
             self._selector.unregister(self.socket)
 
     def _finish_tasks(self) -> None:
-        """Take back from the threads what they have done."""
+        """Take back from the threads what they have done, and what they ask for."""
         self._wake_reader.recv(RECV_BYTES)
+        while self._calls:
+            self._calls.popleft()()
         while self._done:
             client, outcome = self._done.popleft()
             self._resume(client, outcome)
@@ -1676,6 +2415,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._hold(client, 0)
         self._clients.discard(client)
         self._watch(client, NOTHING)
+        _end_tls(client.socket)
         client.socket.close()
 
     def _count(self, client: _Client, counted: bool) -> None:
@@ -1689,11 +2429,13 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Answer requests until one side has enough."""
         try:
             self._check_room(client)
+            yield from self._handshake(client)
             head = None
             while not head or head.keep_alive:
                 head, body = yield from self._next_request(client)
                 client.cursor_us = self._cursor_us
-                answer = self._answer(client, head, self._route(client, head, body))
+                source = client_of(client.address, head.forwarded_for, self._proxies) if client.proxy else client.source
+                answer = self._answer(client, head, route(self.relay, head, body, source, self._front))
                 del body  # a client that waits or is idle keeps neither its last request nor the reply
                 yield from self._send(client, (yield from answer))
                 if self._stopping:
@@ -1704,10 +2446,38 @@ class RelayServer(http.server.ThreadingHTTPServer):
             yield from self._refuse(client, refusal)
 
     def _check_room(self, client: _Client) -> None:
+        own_limit = 0 if client.proxy else self.limits.max_connections_per_source
         for key, limit, whose in ((EVERYBODY, self.limits.max_connections, "in all"),
-                                  (client.source, self.limits.max_connections_per_source, "of one source")):
+                                  (client.source, own_limit, "of one source")):
             if 0 < limit < self._open[key]:
                 raise Refusal(BUSY, f"There are {limit} connections {whose}.", retry_s=10)
+
+    def _handshake(self, client: _Client) -> _Steps[None]:
+        """Begin TLS, if that is what we speak; what costs time is done by the pool."""
+        if not self.tls or isinstance(client.socket, ssl.SSLSocket):
+            return
+        deadline_s = client.deadline_s = self._now_s + self.limits.request_timeout_s
+        client.idle = True
+        yield READ  # who says nothing costs nothing
+        if self._handshakes.take(client.source, self.relay.now_us()):
+            raise ConnectionAbortedError
+        self._watch(client, NOTHING)  # the selector knows the socket without TLS
+        client.socket = self.tls.wrap_socket(client.socket, server_side=True, do_handshake_on_connect=False)
+        while events := (yield from self._in_pool(client, functools.partial(_shake_hands, client.socket))):
+            client.idle, client.deadline_s = True, deadline_s
+            yield events
+        self.relay.counts.add("connectoid_handshakes_total", "failed" if events is None else "done")
+        if events is None:
+            raise ConnectionAbortedError
+
+    def _in_pool(self, client: _Client, call: Callable[[], _T]) -> _Steps[_T | None]:
+        """Return what a call that may take long returns; None if too many are in the queue."""
+        if self._tasks.qsize() >= self.limits.max_queued:
+            return None
+        client.idle, client.deadline_s = False, NEVER_S
+        self._tasks.put((client, call))
+        result: _T = yield NOTHING
+        return result
 
     def _next_request(self, client: _Client) -> _Steps[tuple[Head, bytes]]:
         """Return the next request; raise Refusal, or TimeoutError from one who was just idle."""
@@ -1746,7 +2516,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Take what has come in, if anything; raise ConnectionError when there will be no more."""
         try:
             chunk = client.socket.recv(RECV_BYTES)
-        except BlockingIOError:
+        except NOT_NOW:
             return False
         if not chunk:
             raise ConnectionAbortedError
@@ -1758,39 +2528,24 @@ class RelayServer(http.server.ThreadingHTTPServer):
         _add(self._held, client.source, size - client.held)
         client.held = size
         limit = self.limits.max_buffered_bytes
-        return self._held[EVERYBODY] <= limit and self._held[client.source] <= limit // SOURCE_SHARE
+        return self._held[EVERYBODY] <= limit and (client.proxy or self._held[client.source] <= limit // SOURCE_SHARE)
 
-    def _answer(self, client: _Client, head: Head, outcome: Outcome | bytes) -> _Steps[bytes]:
+    def _answer(self, client: _Client, head: Head, outcome: Outcome) -> _Steps[bytes]:
         """Return the whole reply to a request, when it is there."""
-        until_s, overload = 0.0, Refusal(BUSY, "Too many requests at once.", retry_s=2).reply()
-        while not isinstance(outcome, (Reply, bytes)):
+        until_s, overload = 0.0, None
+        while not isinstance(outcome, Reply):
             if isinstance(outcome, Wait):
                 until_s, overload = until_s or self._now_s + outcome.seconds, outcome.reply
                 outcome = yield from self._poll(client, outcome, until_s)
-            elif self._tasks.qsize() >= self.limits.max_queued:
-                outcome = overload
             else:
-                client.deadline_s = NEVER_S
-                self._tasks.put((client, outcome))
-                outcome = yield NOTHING
-        if isinstance(outcome, bytes):
-            return outcome
-        return render_reply(outcome, head._replace(keep_alive=False) if self._stopping else head)
+                done = yield from self._in_pool(client, functools.partial(self.relay.run, outcome))
+                outcome = done or overload or self.relay.refuse(
+                    Refusal(BUSY, "Too many requests at once.", retry_s=2))
+        return render(outcome, head._replace(keep_alive=False) if self._stopping else head)
 
-    def _route(self, client: _Client, head: Head, body: bytes) -> Outcome | bytes:
-        if head.method == "OPTIONS":
-            return PREFLIGHT + (b"" if head.keep_alive else CLOSE) + b"\r\n"
-        methods = _METHODS.get(head.path)
-        if not methods:
-            return Refusal(NOT_FOUND).reply()
-        if head.method not in methods:
-            allow = b"Allow: %s\r\n" % ", ".join(methods).encode("ascii")
-            return render_reply(Refusal(NOT_ALLOWED).reply(), head, allow)
-        if head.path == "/health":
-            return self.relay.health
-        if head.method == "POST":
-            return self.relay.begin(body, client.source)
-        return render_page(self.relay.document() | {"udp": self._udp is not None}, head)
+    def _gauges(self) -> dict[str, int]:
+        return {"connections": self._open[EVERYBODY], "waiting_boxes": self._places,
+                "queued_requests": self._tasks.qsize()}
 
     def _poll(self, client: _Client, wait: Wait, until_s: float) -> _Steps[Outcome]:
         """Hold a long poll until one of its boxes gets a message; return how to go on."""
@@ -1828,7 +2583,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         while unsent:
             try:
                 unsent = unsent[client.socket.send(unsent):]
-            except BlockingIOError:
+            except NOT_NOW:
                 if not self._hold(client, len(unsent)):
                     raise ConnectionAbortedError from None
                 yield WRITE
@@ -1837,11 +2592,16 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def _refuse(self, client: _Client, refusal: Refusal) -> _Steps[None]:
         """Answer a request that was not read to its end; take what still comes, and close."""
         client.idle = False
-        yield from self._send(client, render_reply(refusal.reply()))
         self._count(client, False)
-        if len(self._clients) - self._open[EVERYBODY] > MAX_LINGERING:
+        crowded = len(self._clients) - self._open[EVERYBODY] > MAX_LINGERING
+        if self.tls and crowded:
+            return  # to tell them would cost a handshake each
+        yield from self._handshake(client)
+        yield from self._send(client, render(self.relay.refuse(refusal)))
+        if crowded:
             return
         # Closing now would send a reset, which overtakes the reply.
+        _end_tls(client.socket)
         client.socket.shutdown(socket.SHUT_WR)
         client.incoming.clear()
         client.deadline_s = self._now_s + LINGER_S
@@ -1855,13 +2615,15 @@ class RelayServer(http.server.ThreadingHTTPServer):
     # UDP
 
     def _bind_udp(self) -> None:
-        self._udp = socket.socket(self.address_family, socket.SOCK_DGRAM)
-        try:
-            _take_ipv4_too(self._udp)
-            self._udp.bind(self.server_address)
-        except OSError:
-            self.server_close()
-            raise
+        inherited = self._inherited.get(socket.SOCK_DGRAM)
+        self._udp = inherited or socket.socket(self.socket.family, socket.SOCK_DGRAM)
+        if not inherited:
+            try:
+                _take_ipv4_too(self._udp)
+                self._udp.bind(self.server_address)
+            except OSError:
+                self.server_close()
+                raise
         self._udp.setblocking(False)
         self._selector.register(self._udp, READ, functools.partial(self._answer_datagrams, self._udp))
 
@@ -1869,24 +2631,102 @@ class RelayServer(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):  # no more, or one that cannot be answered
             for _ in range(ACCEPT_BATCH):
                 datagram, address = udp.recvfrom(MAX_DATAGRAM_BYTES + 1)
-                if reply := answer_datagram(self.relay, datagram):
+                kind, reply = self._answer_datagram(datagram, *address[:2])
+                self.relay.counts.add("connectoid_datagrams_total", kind if reply else "none")
+                if reply:
                     udp.sendto(reply, address)
+
+    def _answer_datagram(self, datagram: bytes, address: str, port: int) -> tuple[str, bytes | None]:
+        source = source_of(address)
+        if is_stun(datagram):
+            wanted = self._front.stun and self.relay.admit_datagram(source)
+            return "stun", answer_stun(datagram, address, port) if wanted else None
+        return "check", answer_datagram(self.relay, datagram, source) if self._front.udp else None
+
+
+# ---------------------------------------------------------------------------------------
+# WSGI (PEP 3333): the same routes inside somebody's gunicorn, Flask or Django. It never
+# waits: a thread of theirs is too dear for a long poll.
+# ---------------------------------------------------------------------------------------
+
+
+def wsgi(relay: Relay, proxies: Networks = NO_NETWORKS) -> Callable[..., Iterable[bytes]]:
+    """Return the relay as a WSGI application; a thread sweeps as long as the process lives.
+
+    Make store, relay and application in the process that serves them: SQLite and threads
+    do not survive a fork, so the application raises RuntimeError in a child.
+    """
+    owner, stop = os.getpid(), threading.Event()
+    threading.Thread(target=sweep_until, args=(stop, relay), daemon=True).start()
+    atexit.register(stop.set)
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if os.getpid() != owner:
+            raise RuntimeError("make the relay in the process that serves it (gunicorn: without --preload)")
+        head = _head_of(environ)
+        outcome = relay.run(functools.partial(_begin_wsgi, relay, head, environ, proxies))
+        reply = outcome.reply if isinstance(outcome, Wait) else outcome
+        headers, body = respond(reply, head)
+        start_response(f"{reply.status} {HTTPStatus(reply.status).phrase}", [
+            tuple(line.split(": ", 1)) for line in headers.decode("ascii").splitlines()])
+        return [body]
+
+    return application
+
+
+def _head_of(environ: Mapping[str, Any]) -> Head:
+    length = str(environ.get("CONTENT_LENGTH") or "0")
+    return Head(method=environ["REQUEST_METHOD"], path=environ.get("PATH_INFO") or "/",
+                length=int(length) if _LENGTH.fullmatch(length.encode("utf-8")) else -1,
+                keep_alive=True, expects_continue=False,  # the server around us sees to these
+                wants_json="application/json" in environ.get("HTTP_ACCEPT", ""),
+                forwarded_for=environ.get("HTTP_X_FORWARDED_FOR", ""))
+
+
+def _begin_wsgi(relay: Relay, head: Head, environ: Mapping[str, Any], proxies: Networks) -> Outcome:
+    if head.length < 0:
+        raise Refusal(BAD_REQUEST, "Send one Content-Length of 1 to 9 digits.")
+    if head.length > relay.limits.max_body_bytes:
+        raise Refusal(TOO_BIG, f"A body may have {relay.limits.max_body_bytes} bytes.")
+    body = environ["wsgi.input"].read(head.length) if head.length else b""
+    source = client_of(environ.get("REMOTE_ADDR", ""), head.forwarded_for, proxies)
+    return route(relay, head, body, source, Front())
 
 
 # ---------------------------------------------------------------------------------------
 # The command line: flags to limits, a server until a signal comes, words for people.
 # ---------------------------------------------------------------------------------------
 
-MAX_FLAG = 10**12  # of any number: its microseconds still fit SQLite's integers
 SPARE_FILES = 64  # beside the connections: the database, the log, what is lingering
+FIRST_INHERITED = 3  # sd_listen_fds(3): the number of the first file that systemd hands over
 
 
-def _whole_number(minimum: int, maximum: int = MAX_FLAG) -> Callable[[str], int]:
+def _whole_number(minimum: int, maximum: int = MAX_SETTING) -> Callable[[str], int]:
     def convert(text: str) -> int:
         if not (re.fullmatch(r"[0-9]{1,13}", text) and minimum <= int(text) <= maximum):
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {minimum} to {maximum}")
         return int(text)
     return convert
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    try:
+        return read_network(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no network; {error}") from None
+
+
+def _web_address(text: str) -> str:
+    if not re.fullmatch(r"https?://\S+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no web address; write https://...")
+    return text
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def flag_of(limit: str) -> str:
@@ -1896,10 +2736,10 @@ def flag_of(limit: str) -> str:
 
 def build_parser(prog: str = "connectoid_relay.py") -> argparse.ArgumentParser:
     """Return the parser of the command line: README.md, "Flags"."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog, usage="%(prog)s [flag ...] (--help lists them)", allow_abbrev=False,
         description="Keep small encrypted messages for an hour.",
-        epilog="The defaults suit a Raspberry Pi. Stop it with Ctrl-C or SIGTERM.")
+        epilog="The defaults suit a Raspberry Pi. Stop it with Ctrl-C or SIGTERM. * Read again on SIGHUP.")
     parser.add_argument("--version", action="version", version=f"connectoid relay {__version__}")
     parser.add_argument("--host", default="", help="address to listen on (default: all, IPv6 and IPv4)")
     parser.add_argument("--port", type=_whole_number(0, 65535), default=8080,
@@ -1911,6 +2751,17 @@ def build_parser(prog: str = "connectoid_relay.py") -> argparse.ArgumentParser:
                         help="full: an acknowledged message survives a power loss; normal: a crash of"
                              " the relay only (default: full)")
     parser.add_argument("--udp", action="store_true", help="answer checks over UDP too, on the same port")
+    parser.add_argument("--stun", action="store_true", help="answer STUN Binding requests, on the same UDP port")
+    parser.add_argument("--tls-cert", metavar="FILE", help="speak HTTPS with this chain of certificates (PEM) *")
+    parser.add_argument("--tls-key", metavar="FILE", help="the private key of --tls-cert (PEM) *")
+    parser.add_argument("--keys", metavar="FILE", help="API keys and their quotas (TOML) *")
+    parser.add_argument("--deny", metavar="FILE", help="addresses, networks and mailboxes to refuse, one a line *")
+    parser.add_argument("--trusted-proxy", metavar="CIDR", type=_network, action="append", default=[],
+                        help="believe X-Forwarded-For from there; may be repeated")
+    parser.add_argument("--name", default=About().name, help="what the relay is called (default: %(default)s)")
+    parser.add_argument("--contact", help="how people reach you: a mail or web address")
+    parser.add_argument("--notice", metavar="TEXT", help="what apps and people shall know at present")
+    parser.add_argument("--price-url", metavar="URL", type=_web_address, help="where it says what the relay costs")
     parser.add_argument("--log-ips", action="store_true", help="name sources in the log")
     for limit in fields(Limits):
         parser.add_argument(flag_of(limit.name), dest=limit.name, metavar="N", default=limit.default,
@@ -1930,27 +2781,114 @@ def raise_file_limit(max_connections: int) -> None:
                     hard, max_connections, wanted)
 
 
+def notify(state: str) -> None:
+    """Tell systemd how we are (sd_notify(3)), if it is there; whoever does not hear it cannot be helped."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to_systemd:
+            to_systemd.sendto(state.encode("ascii"), path.replace("@", "\0", 1) if path[0] == "@" else path)
+
+
+def build_watchdog(relay: Relay) -> Callable[[], None]:
+    """Return what the loop calls with every tick: it tells systemd that loop and sweeper live, in time."""
+    interval_us = int(os.environ.get("WATCHDOG_USEC", "0")) // 2
+    next_us = 0 if interval_us else MAX_AT_US
+
+    def beat() -> None:
+        nonlocal next_us
+        now_us = relay.now_us()
+        if now_us >= next_us and not relay.sweeper_is_late():
+            next_us = now_us + interval_us
+            notify("WATCHDOG=1")
+
+    return beat
+
+
+def inherited_sockets() -> list[socket.socket]:
+    """Return the sockets that systemd has bound for us (sd_listen_fds(3)); raise SettingError for others."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    sockets = [socket.socket(fileno=number) for number in range(FIRST_INHERITED, FIRST_INHERITED + count)]
+    kinds = [opened.type for opened in sockets]
+    if (any(opened.family not in (socket.AF_INET, socket.AF_INET6) for opened in sockets)
+            or kinds.count(socket.SOCK_STREAM) != 1 or kinds.count(socket.SOCK_DGRAM) != count - 1 or count > 2):  # noqa: PLR2004
+        raise SettingError("the socket unit must have one ListenStream= with a port, and at most one ListenDatagram=")
+    for opened in sockets:
+        os.set_inheritable(opened.fileno(), False)
+    return sockets
+
+
+class Settings(NamedTuple):
+    """What is read again on SIGHUP."""
+
+    access: Access
+    tls: ssl.SSLContext | None
+
+
+def read_settings(arguments: argparse.Namespace) -> Settings:
+    """Return what the files say that the flags name; raise SettingError."""
+    return Settings(read_access(arguments.keys, arguments.deny),
+                    load_tls(arguments.tls_cert, arguments.tls_key) if arguments.tls_cert else None)
+
+
+def build_reread(arguments: argparse.Namespace, server: RelayServer) -> Callable[[], None]:
+    """Return what SIGHUP does: take what the files say now, or say why everything stays as it is."""
+    lock = threading.Lock()  # the last one asked for is the last one to read
+
+    def reread() -> None:
+        with lock:
+            try:
+                server.relay.access, server.tls = read_settings(arguments)
+            except SettingError as error:
+                log.error("connectoid relay: %s; all stays as it was", error)
+            else:
+                log.warning("connectoid relay: read the files again")
+
+    return reread
+
+
 def serve(arguments: argparse.Namespace) -> None:
-    """Run a relay until SIGTERM or SIGINT; raise StoreError or OSError if it cannot."""
+    """Run a relay until SIGTERM or SIGINT; raise SettingError, StoreError or OSError if it cannot."""
     limits = Limits(**{limit.name: getattr(arguments, limit.name) for limit in fields(Limits)})
+    about = About(arguments.name, arguments.contact, arguments.notice, arguments.price_url)
+    (access, tls), sockets = read_settings(arguments), inherited_sockets()
     raise_file_limit(limits.max_connections)
-    relay = Relay(SqliteStore(arguments.db, sync=arguments.sync), limits, log_ips=arguments.log_ips)
-    address = (arguments.host, arguments.port)
-    with contextlib.closing(relay), RelayServer(address, relay, udp=arguments.udp) as server:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: server.stop())
+    relay = Relay(SqliteStore(arguments.db, sync=arguments.sync), limits, access=access, about=about,
+                  log_ips=arguments.log_ips)
+    with contextlib.closing(relay), RelayServer(
+            (arguments.host, arguments.port), relay, udp=arguments.udp, stun=arguments.stun, tls=tls,
+            proxies=Networks(arguments.trusted_proxy), inherited=sockets, on_tick=build_watchdog(relay)) as server:
+        handle_signals(server, build_reread(arguments, server))
         host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
-        log.warning("connectoid relay %s listening on http://%s:%d", __version__, host, server.server_port)
+        log.warning("connectoid relay %s listening on %s://%s:%d", __version__, "https" if tls else "http", host,
+                    server.server_port)
+        notify("READY=1")
         server.serve_forever()
+
+
+def handle_signals(server: RelayServer, reread: Callable[[], None]) -> None:
+    """Stop on SIGTERM and SIGINT; on SIGHUP read again, outside the serving thread."""
+    def stop(*_: object) -> None:
+        server.stop()
+        notify("STOPPING=1")
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    # Not in the handler itself: it may have interrupted the making of another thread.
+    signal.signal(signal.SIGHUP, lambda *_: server.soon(threading.Thread(target=reread, daemon=True).start))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 stopped, 1 failed; 2 (usage) exits."""
-    arguments = build_parser(os.path.basename(sys.argv[0])).parse_args(argv)
+    parser = build_parser(os.path.basename(sys.argv[0]))
+    arguments = parser.parse_args(argv)
+    if bool(arguments.tls_cert) != bool(arguments.tls_key):
+        parser.error("--tls-cert and --tls-key go together")
     logging.basicConfig(format="%(message)s")
     try:
         serve(arguments)
-    except StoreError as error:
+    except (StoreError, SettingError) as error:
         log.error("connectoid relay: %s", error)
         return 1
     except (OSError, UnicodeError) as error:  # UnicodeError is a host name with impossible labels

@@ -2023,7 +2023,7 @@ def settle(port: int) -> None:
     """Return when the server has looked at all that had reached it: it turns to each once in a turn."""
     with Client(port) as client:
         for _ in range(2):
-            client.send(lasting())
+            client.send(lasting(None, "Accept: application/json"))
             assert client.reply()[0] == 200
 
 
@@ -2992,7 +2992,7 @@ def test_any_bytes_are_a_head_or_refused_however_they_come(octets: bytes, piece:
     if not isinstance(head, Head):
         assert head in (None, "Bad request", "Too big")
         return
-    assert [type(value) for value in head] == [str, str, int, bool, bool, bool]
+    assert [type(value) for value in head] == [str, str, int, bool, bool, bool, str]
     assert 0 <= head.length <= 999_999_999
     taken = octets[:octets.index(b"\r\n\r\n") + 4]
     assert parse_head(taken) == head
@@ -3965,8 +3965,8 @@ def test_ready_line_names_the_real_port(host: tuple[str, ...], shown: str, start
 def test_wrong_flags_are_a_usage_error(flags: list[str], tmp_path: Path) -> None:
     finished = run_relay(*flags, cwd=tmp_path)
     assert (finished.returncode, finished.stdout) == (2, "")
-    assert finished.stderr.startswith("usage: connectoid_relay.py ")
-    assert any(flag in finished.stderr.splitlines()[-1] for flag in flags)
+    assert re.fullmatch(r"connectoid_relay\.py: error: .* \(--help lists the flags\)\n", finished.stderr)
+    assert any(flag in finished.stderr for flag in flags)
     assert "Traceback" not in finished.stderr
     assert list(tmp_path.iterdir()) == []
 
