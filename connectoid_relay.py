@@ -344,12 +344,15 @@ def source_of(address: str) -> str:
 
 
 class Networks:
-    """A set of IP networks: `address in networks`, also for a source; whatever is no address is in none."""
+    """A set of IP networks: `address in networks`, also for a source; whatever is no address is in none.
 
-    def __init__(self, networks: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network] = ()) -> None:
+    Made of texts like 192.0.2.0/24 or of ipaddress's networks; raises ValueError for what is neither.
+    """
+
+    def __init__(self, networks: Iterable[str | ipaddress.IPv4Network | ipaddress.IPv6Network] = ()) -> None:
         # One look-up for each length of a prefix that occurs, however long the list is.
         self._prefixes: dict[tuple[int, int], set[int]] = {}
-        for network in networks:
+        for network in map(ipaddress.ip_network, networks):
             shift = network.max_prefixlen - network.prefixlen
             prefixes = self._prefixes.setdefault((network.version, shift), set())
             prefixes.add(int(network.network_address) >> shift)
