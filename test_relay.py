@@ -82,6 +82,7 @@ from connectoid_relay import (
     MAX_RECEIVE_MESSAGES,
     MAX_SOURCES,
     MAX_WAIT_S,
+    METRICS,
     MIN_COUNTED_BYTES,
     POOL_THREADS,
     RELEASE_US,
@@ -94,6 +95,7 @@ from connectoid_relay import (
     Look,
     Message,
     NoRoom,
+    Quota,
     RateLimit,
     Refusal,
     Relay,
@@ -111,6 +113,7 @@ from connectoid_relay import (
     flag_of,
     parse_head,
     parse_json,
+    read_access,
     source_of,
     take_head,
 )
@@ -3914,7 +3917,8 @@ def test_file_held_by_a_stuck_process_is_busy_and_can_be_left(tmp_path: Path, cl
 # The command line, as a process: flags, words, exit codes, signals, the log.
 # ---------------------------------------------------------------------------------------
 
-FLAGS = ["--version", "--help", "--host", "--port", "--db", "--sync", "--udp", "--log-ips",
+FLAGS = ["--version", "--help", "--host", "--port", "--db", "--sync", "--udp", "--stun", "--tls-cert", "--tls-key",
+         "--keys", "--deny", "--trusted-proxy", "--name", "--contact", "--notice", "--price-url", "--log-ips",
          *(flag_of(limit.name) for limit in fields(Limits))]
 
 
@@ -4186,6 +4190,26 @@ def test_limits_table_is_that_of_the_code() -> None:
 def test_forms_table_is_that_of_the_code() -> None:
     rows = {name.strip("`"): form for name, form in read_table("PROTOCOL.md", "### Forms")}
     assert rows == {name: form for name, (_, form) in FORMS.items()}
+
+
+def test_metrics_table_is_that_of_the_code() -> None:
+    rows = [tuple(cell.strip("`") for cell in row) for row in read_table("PROTOCOL.md", "### Metrics")]
+    assert rows == [(name, metric.type, metric.label, metric.meaning) for name, metric in METRICS.items()]
+
+
+def test_readme_s_key_file_and_list_of_the_denied_are_read(tmp_path: Path, alice: Owner) -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    (keys,), (denied,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL), re.findall(
+        r"```\n(# a source.*?)```", text, re.DOTALL)
+    (tmp_path / "keys.toml").write_text(keys, "utf-8")
+    (tmp_path / "denied").write_text(denied, "utf-8")
+    access = read_access(str(tmp_path / "keys.toml"), str(tmp_path / "denied"))
+    (key,) = re.findall(r'key = "(.*)"', keys)
+    assert access.quota_of(key) == Quota("keys.alice", 100_000, 50_000_000, 86_400)
+    assert access.quota_of(None) == Quota("public", 10_000, 0, 600)
+    assert [access.denies(source) for source in ("192.0.2.7", "192.0.2.8", "198.51.100.9")] == [True, False, True]
+    with pytest.raises(Refusal, match="Forbidden"):
+        access.check_box(alice.box)
 
 
 def test_context_table_is_that_of_the_code() -> None:
