@@ -1294,7 +1294,7 @@ def _tables_in(file: dict[str, Any], path: str, text: str) -> dict[str, dict[str
     tables = file | ({f"keys.{name}": table for name, table in keys.items()} if isinstance(keys, dict)
                      else {"keys": keys})
     for name, table in tables.items():
-        if not isinstance(table, dict) or not name.startswith(("keys.", "public")):
+        if not isinstance(table, dict) or not (name == "public" or name.startswith("keys.")):
             raise _mistake(path, text, *name.rpartition(".")[::2],
                            f"{name} is no table; there are [keys.NAME] and [public]")
     return tables
@@ -1680,7 +1680,7 @@ class Relay:
             self._write_seen()
         finally:
             more = self.store.sweep(self.now_us())
-        self._swept_us = self.now_us()
+            self._swept_us = self.now_us()
         return more
 
     def _write_seen(self) -> None:
@@ -2792,16 +2792,18 @@ def notify(state: str) -> None:
             to_systemd.sendto(state.encode("ascii"), path.replace("@", "\0", 1) if path[0] == "@" else path)
 
 
-def build_watchdog(relay: Relay) -> Callable[[], None]:
-    """Return what the loop calls with every tick: it tells systemd that loop and sweeper live, in time."""
+def build_watchdog(monotonic_us: Callable[[], int] = SYSTEM_CLOCK.monotonic_us) -> Callable[[], None]:
+    """Return what the loop calls with every tick: it tells systemd in time that the loop lives.
+
+    Of the store it tells nothing, as /health does: a new start mends no disk.
+    """
     interval_us = int(os.environ.get("WATCHDOG_USEC", "0")) // 2
     next_us = 0 if interval_us else MAX_AT_US
 
     def beat() -> None:
         nonlocal next_us
-        now_us = relay.now_us()
-        if now_us >= next_us and not relay.sweeper_is_late():
-            next_us = now_us + interval_us
+        if monotonic_us() >= next_us:
+            next_us = monotonic_us() + interval_us
             notify("WATCHDOG=1")
 
     return beat
@@ -2856,12 +2858,14 @@ def serve(arguments: argparse.Namespace) -> None:
     limits = Limits(**{limit.name: getattr(arguments, limit.name) for limit in fields(Limits)})
     about = About(arguments.name, arguments.contact, arguments.notice, arguments.price_url)
     (access, tls), sockets = read_settings(arguments), inherited_sockets()
+    if len(sockets) == 1 and (arguments.udp or arguments.stun):
+        raise SettingError("--udp and --stun need a ListenDatagram= with the same port in the socket unit")
     raise_file_limit(limits.max_connections)
     relay = Relay(SqliteStore(arguments.db, sync=arguments.sync), limits, access=access, about=about,
                   log_ips=arguments.log_ips)
     with contextlib.closing(relay), RelayServer(
             (arguments.host, arguments.port), relay, udp=arguments.udp, stun=arguments.stun, tls=tls,
-            proxies=Networks(arguments.trusted_proxy), inherited=sockets, on_tick=build_watchdog(relay)) as server:
+            proxies=Networks(arguments.trusted_proxy), inherited=sockets, on_tick=build_watchdog()) as server:
         handle_signals(server, build_reread(arguments, server))
         host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
         log.warning("connectoid relay %s listening on %s://%s:%d", __version__, "https" if tls else "http", host,
