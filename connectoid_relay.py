@@ -1095,8 +1095,8 @@ class RateLimit:
 class DailyRequests:
     """Count the requests of each quota's day (UTC), together with the other processes on the store.
 
-    What was taken here is told to the store, and what the others took learnt, with every
-    sweep: a request costs no write, and the sum is right to a second.
+    What was taken here is told to the store with the next sweep, which learns what the
+    others took: a request costs no write, and the sum is right to a second.
     """
 
     def __init__(self) -> None:
@@ -1123,7 +1123,7 @@ class DailyRequests:
         """Tell the store and learn from it; what cannot be told now is told next time. Raises StoreError."""
         with self._lock:
             day, new = self._day, +self._new
-        if not new:
+        if not new or day != now_us // DAY_US:  # what is left of yesterday would count for today
             return
         known = store.spend(new, now_us)
         with self._lock:
@@ -1192,7 +1192,8 @@ class Traffic:
 
     def note(self, total: int, now_us: int) -> None:
         """Take the count as it is now; about once a second."""
-        self._totals = dict([*self._totals.items(), (now_us // MINUTE_US, total)][-TRAFFIC_MINUTES - 1:])
+        self._totals[now_us // MINUTE_US] = total
+        self._totals = dict(list(self._totals.items())[-TRAFFIC_MINUTES - 1:])
 
     def per_minute(self) -> list[int]:
         """Return the growth in each of the last minutes, at most TRAFFIC_MINUTES, the current one last."""
@@ -1248,12 +1249,11 @@ def read_access(keys: str | None = None, denied: str | None = None) -> Access:
 
 def _read_file(path: str) -> str:
     try:
-        octets = Path(path).read_bytes()
-        return octets.decode("utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise SettingError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        line = octets.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1  # of what was read, without the BOM
         raise SettingError(f"{path}, line {line}: save the file as UTF-8") from None
 
 
@@ -1262,7 +1262,7 @@ QUOTA_FORMS: Mapping[str, tuple[Callable[[Any], object], str]] = {
     "key": (lambda key: _is_text(key) and 1 <= len(key) <= MAX_EXT_CHARS,
             f"a string of 1 to {MAX_EXT_CHARS} characters"),
     **dict.fromkeys(("requests_per_day", "bytes", "message_ttl"), (
-        lambda number: type(number) is int and 1 <= number <= MAX_SETTING, "a whole number, at least 1")),
+        lambda number: type(number) is int and 1 <= number <= MAX_SETTING, f"a whole number from 1 to {MAX_SETTING}")),
 }
 
 
@@ -1271,7 +1271,7 @@ def _read_keys(path: str) -> tuple[dict[str, Quota], Quota | None]:
     text = _read_file(path)
     try:
         file = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and a number without end
         mistake, _, place = str(error).partition(" (at line ")
         line = place.partition(",")[0] or len(text.splitlines())
         raise SettingError(f"{path}, line {line}: {mistake}; write TOML: [keys.NAME], then key = \"...\"") from None
@@ -1294,7 +1294,7 @@ def _tables_in(file: dict[str, Any], path: str, text: str) -> dict[str, dict[str
     tables = file | ({f"keys.{name}": table for name, table in keys.items()} if isinstance(keys, dict)
                      else {"keys": keys})
     for name, table in tables.items():
-        if not isinstance(table, dict) or not (name == "public" or name.startswith("keys.")):
+        if not isinstance(table, dict) or (name in file and name != "public"):
             raise _mistake(path, text, *name.rpartition(".")[::2],
                            f"{name} is no table; there are [keys.NAME] and [public]")
     return tables
@@ -1304,7 +1304,7 @@ def _quota_in(table: Mapping[str, Any], name: str, path: str, text: str) -> Quot
     members = [member for member in QUOTA_FORMS if name != "public" or member != "key"]
     for member, value in table.items():
         if member not in members:
-            raise _mistake(path, text, name, member, f"{member} is unknown; [{name}] may have {', '.join(members)}")
+            raise _mistake(path, text, name, member, f"{member!r} is unknown; [{name}] may have {', '.join(members)}")
         fits, form = QUOTA_FORMS[member]
         if not fits(value):
             raise _mistake(path, text, name, member, f"{member} must be {form}")
@@ -1313,26 +1313,35 @@ def _quota_in(table: Mapping[str, Any], name: str, path: str, text: str) -> Quot
 
 def _mistake(path: str, text: str, table: str, member: str, mend: str) -> SettingError:
     """Return the error with the line where the member stands, or else its table, as people write TOML."""
-    place, here = 1, not table
+    wanted, place, here = _plain(f"{table}.{member}"), 1, ""
     for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[([^]]*)\]", line)
-        if header:
-            here = re.sub(r"[\s\"']", "", header[1]) == re.sub(r"[\s\"']", "", table)
-        if here and (header or re.match(rf"\s*[\"']?{re.escape(member)}\b", line)):
+        header = re.match(r"\s*\[+([^]]*)\]", line)
+        here = _plain(header[1]) if header else here
+        if wanted == (here if header else _plain(f"{here}.{line.partition('=')[0]}")):
+            return SettingError(f"{path}, line {number}: {mend}")
+        if header and here == _plain(table):
             place = number
-            if not header:
-                break
     return SettingError(f"{path}, line {place}: {mend}")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s\"']", "", name).strip(".")
 
 
 def read_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     """Return a network from `192.0.2.0/24` or a single address; raise ValueError with what to write."""
     try:
-        return ipaddress.ip_network(text)
+        network = ipaddress.ip_network(text, strict=False)
     except ValueError:
-        with contextlib.suppress(ValueError):
-            raise ValueError(f"write {ipaddress.ip_network(text, strict=False)}") from None
         raise ValueError("write an address, or a network like 192.0.2.0/24") from None
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        raise ValueError(f"write {network}") from None
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    if mapped and network.prefixlen >= 8 * len(IPV4_MAPPED):  # its addresses are IPv4 to us, see source_of
+        return ipaddress.ip_network((mapped, network.prefixlen - 8 * len(IPV4_MAPPED)))
+    return network
 
 
 def _read_denied(path: str) -> tuple[Networks, frozenset[bytes]]:
@@ -1672,10 +1681,10 @@ class Relay:
     def sweep(self) -> bool:
         """Write down who was seen, delete some of what has expired; return whether there is more."""
         now_us = self.now_us()
+        self._traffic.note(sum(count for (name, _), count in self.counts.taken().items()
+                               if name == "connectoid_requests_total"), now_us)
         # Another process may have a clock that is ahead: without this ours would stand still.
         self._base_us += max(0, self.store.time_us() - now_us)
-        self._traffic.note(sum(count for (name, _), count in self.counts.taken().items()
-                               if name == "connectoid_requests_total"), self.now_us())
         try:
             self._write_seen()
         finally:
@@ -2719,8 +2728,14 @@ def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
         raise argparse.ArgumentTypeError(f"{text!r} is no network; {error}") from None
 
 
+def _text(text: str) -> str:
+    if _SURROGATE.search(text):
+        raise argparse.ArgumentTypeError("write it in UTF-8")
+    return text
+
+
 def _web_address(text: str) -> str:
-    if not re.fullmatch(r"https?://\S+", text):
+    if not re.fullmatch(r"https?://\S+", _text(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is no web address; write https://...")
     return text
 
@@ -2761,9 +2776,10 @@ def build_parser(prog: str = "connectoid_relay.py") -> argparse.ArgumentParser:
     parser.add_argument("--deny", metavar="FILE", help="addresses, networks and mailboxes to refuse, one a line *")
     parser.add_argument("--trusted-proxy", metavar="CIDR", type=_network, action="append", default=[],
                         help="believe X-Forwarded-For from there; may be repeated")
-    parser.add_argument("--name", default=About().name, help="what the relay is called (default: %(default)s)")
-    parser.add_argument("--contact", help="how people reach you: a mail or web address")
-    parser.add_argument("--notice", metavar="TEXT", help="what apps and people shall know at present")
+    parser.add_argument("--name", type=_text, default=About().name,
+                        help="what the relay is called (default: %(default)s)")
+    parser.add_argument("--contact", type=_text, help="how people reach you: a mail or web address")
+    parser.add_argument("--notice", metavar="TEXT", type=_text, help="what apps and people shall know at present")
     parser.add_argument("--price-url", metavar="URL", type=_web_address, help="where it says what the relay costs")
     parser.add_argument("--log-ips", action="store_true", help="name sources in the log")
     for limit in fields(Limits):
