@@ -183,10 +183,13 @@ class Text(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A status (as in HTTP) and the JSON that goes with it, or the text for people and monitors."""
+    """A status (as in HTTP) and the body that goes with it.
+
+    That is JSON: a dict, or a list for a batch. What people and monitors get over HTTP is a Text.
+    """
 
     status: int
-    body: dict[str, Any] | list[Any] | Text
+    body: Any
 
 
 class Error(NamedTuple):
