@@ -1252,11 +1252,11 @@ def read_access(keys: str | None = None, denied: str | None = None) -> Access:
 
 def _read_file(path: str) -> str:
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise SettingError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1  # of what was read, without the BOM
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise SettingError(f"{path}, line {line}: save the file as UTF-8") from None
 
 
