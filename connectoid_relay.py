@@ -109,6 +109,10 @@ POOL_THREADS = 16  # do what waits for the disk or a seal; so many sends share a
 LISTEN_BACKLOG = 1_024  # connections that the kernel holds for us
 ACCEPT_BATCH = 64  # connections, and datagrams, taken in one turn of the loop
 RECV_BYTES = 64 * 1024  # read from a connection in one turn of the loop
+TLS_TURN_BYTES = 4 * 1024  # given to OpenSSL in one turn of the loop: a few milliseconds at worst
+TLS_RECORD_BYTES = 16 * 1024  # of a record: RFC 8446, section 5.1
+TLS_SPARE_BYTES = 64 * 1024  # that a TLS client may send beyond TLS_OVERHEAD times what he has to say
+TLS_OVERHEAD = 8  # records of 4 bytes of content
 TICK_S = 0.25  # how late a deadline may be noticed; waits end by so much early
 LINGER_S = 2.0  # for what a refused client still sends
 LINGER_BYTES = 1024 * 1024  # the same
@@ -502,8 +506,11 @@ class Store(Protocol):
     def keep_boxes(self, expiries_us: Mapping[bytes, int], now_us: int, room_for: int = 0) -> None:
         """Raise the expiry of box rows; make missing ones while there are fewer than room_for."""
 
-    def spend(self, requests: Mapping[str, int], now_us: int) -> dict[str, int]:
-        """Add to the requests of today (UTC) by name of quota; return the sums of all processes."""
+    def spend(self, requests: Mapping[str, int], now_us: int) -> None:
+        """Add to the requests of today (UTC) by name of quota."""
+
+    def spent(self, now_us: int) -> dict[str, int]:
+        """Return the requests of today by name of quota, of all processes."""
 
     def stored(self) -> Stored:
         """Return what the store holds."""
@@ -574,7 +581,8 @@ ADD_QUOTA_BYTES = """INSERT INTO quotas (name, bytes, day, requests) VALUES (?, 
     ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes"""
 ADD_QUOTA_REQUESTS = """INSERT INTO quotas (name, bytes, day, requests) VALUES (?, 0, ?, ?)
     ON CONFLICT DO UPDATE SET requests = excluded.requests + iif(day = excluded.day, requests, 0),
-    day = excluded.day RETURNING requests"""
+    day = excluded.day"""
+QUOTA_REQUESTS = "SELECT name, requests FROM quotas WHERE day = ?"
 EXPIRED = """SELECT EXISTS (SELECT 1 FROM messages WHERE expires_us <= ?1)
     OR EXISTS (SELECT 1 FROM challenges WHERE expires_us <= ?1)
     OR EXISTS (SELECT 1 FROM boxes WHERE expires_us <= ?1)"""
@@ -964,14 +972,17 @@ class SqliteStore:
 
         self._write(job, now_us)
 
-    def spend(self, requests: Mapping[str, int], now_us: int) -> dict[str, int]:
-        """Add to the requests of today by name of quota; return the sums of all processes."""
-        def job(row: _RelayRow) -> dict[str, int]:
-            today = row.time_us // DAY_US
-            return {name: int(self._db.execute(ADD_QUOTA_REQUESTS, (name, today, count)).fetchone()[0])
-                    for name, count in requests.items()}
+    def spend(self, requests: Mapping[str, int], now_us: int) -> None:
+        """Add to the requests of today by name of quota."""
+        def job(row: _RelayRow) -> None:
+            for name, count in requests.items():
+                self._db.execute(ADD_QUOTA_REQUESTS, (name, row.time_us // DAY_US, count))
 
-        return dict(self._write(job, now_us))
+        self._write(job, now_us)
+
+    def spent(self, now_us: int) -> dict[str, int]:
+        """Return the requests of today by name of quota, of all processes."""
+        return dict(self._read(QUOTA_REQUESTS, now_us // DAY_US))
 
     def stored(self) -> Stored:
         """Return what the store holds."""
@@ -1126,13 +1137,15 @@ class DailyRequests:
         """Tell the store and learn from it; what cannot be told now is told next time. Raises StoreError."""
         with self._lock:
             day, new = self._day, +self._new
-        if not new or day != now_us // DAY_US:  # what is left of yesterday would count for today
-            return
-        known = store.spend(new, now_us)
+        today = now_us // DAY_US
+        if new and day == today:  # what is left of yesterday would count for today
+            store.spend(new, now_us)
+        known = store.spent(now_us)
         with self._lock:
-            if day == self._day:
-                self._known |= known
-                self._new -= new
+            if self._day == day:
+                self._day, self._known, self._new = today, known, self._new - new
+            elif self._day == today:
+                self._known = known
 
 
 class Metric(NamedTuple):
@@ -1250,13 +1263,21 @@ def read_access(keys: str | None = None, denied: str | None = None) -> Access:
     return Access(quotas, public, denied_sources=networks, denied_boxes=boxes)
 
 
-def _read_file(path: str) -> str:
+def _read_octets(path: str) -> bytes:
     try:
-        return Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
+        if Path(path).is_fifo():  # it would not end
+            raise SettingError(f"{path}: is a pipe; give a file, which can be read again")
+        return Path(path).read_bytes()
     except OSError as error:
         raise SettingError(f"{path}: {error.strerror}") from None
+
+
+def _read_text(path: str) -> str:
+    octets = _read_octets(path)
+    try:
+        return octets.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
+        line = octets.count(b"\n", 0, error.start) + 1
         raise SettingError(f"{path}, line {line}: save the file as UTF-8") from None
 
 
@@ -1271,7 +1292,7 @@ QUOTA_FORMS: Mapping[str, tuple[Callable[[Any], object], str]] = {
 
 def _read_keys(path: str) -> tuple[dict[str, Quota], Quota | None]:
     """Return the quotas by API key and that of the public."""
-    text = _read_file(path)
+    text = _read_text(path)
     try:
         file = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and a number without end
@@ -1350,7 +1371,7 @@ def read_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
 def _read_denied(path: str) -> tuple[Networks, frozenset[bytes]]:
     """Return the networks and the mailboxes of a file that has one a line, # before a comment."""
     networks, boxes = [], []
-    for number, line in enumerate(_read_file(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
         entry = line.partition("#")[0].strip()
         try:
             if _PUB.fullmatch(entry):
@@ -1442,6 +1463,7 @@ class Relay:
         self._swept_us = self._started_us = self.now_us()
         with contextlib.suppress(StoreError):  # let an older process with a slower clock know
             store.probe(self.now_us())
+            self._daily.share(store, self.now_us())
         self._probed_us, self._ill = 0, ""  # what /health has to say, asked seldom
 
     def now_us(self) -> int:
@@ -2126,8 +2148,6 @@ def answer_datagram(relay: Relay, datagram: bytes, source: str = "") -> bytes | 
 
 NOTHING, READ, WRITE = 0, selectors.EVENT_READ, selectors.EVENT_WRITE
 NEVER_S = float("inf")
-# What a socket says that has nothing to read now, or no room to write.
-NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 EVERYBODY = ""  # the key of the count of all connections, beside those of the sources
 
 _T = TypeVar("_T")
@@ -2141,7 +2161,8 @@ class _Client:
                  "socket", "source", "steps")
 
     def __init__(self, connection: socket.socket, address: str, proxies: Networks) -> None:
-        self.socket, self.address, self.source, self.events = connection, address, source_of(address), NOTHING
+        self.socket: socket.socket | _TlsSocket = connection
+        self.address, self.source, self.events = address, source_of(address), NOTHING
         self.proxy = address in proxies  # one that we trust: its clients are many
         self.incoming, self.held = bytearray(), 0  # held: bytes kept from one turn to another
         self.deadline_s = NEVER_S
@@ -2167,7 +2188,7 @@ def _add(counter: collections.Counter[str], source: str, change: int) -> None:
 def load_tls(certificate: str, key: str) -> ssl.SSLContext:
     """Return what TLS needs, from PEM files: the chain and its private key. Raises SettingError."""
     for path in (certificate, key):
-        _read_file(path)  # for its words: those of ssl name no file
+        _read_octets(path)  # for its words: those of ssl name no file
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 or newer
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
@@ -2176,30 +2197,93 @@ def load_tls(certificate: str, key: str) -> ssl.SSLContext:
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise SettingError(f"{key} is not the key of {certificate}; give the two that belong together") from None
-        mend = "without a passphrase, " if "ENCRYPTED" in _read_file(key) else ""
+        mend = "without a passphrase, " if b"ENCRYPTED" in _read_octets(key) else ""
         raise SettingError(f"{certificate} or {key} cannot be used; give a chain of certificates and its private"
                            f" key, {mend}both as PEM") from None
     return context
 
 
-def _shake_hands(connection: ssl.SSLSocket) -> int | None:
-    """Do what can be done of a TLS handshake now; return the events it waits for, None if it has failed."""
-    try:
-        connection.do_handshake()
-    except ssl.SSLWantReadError:
-        return READ
-    except ssl.SSLWantWriteError:
-        return WRITE
-    except (OSError, ValueError):  # ValueError: it is closed
-        return None
-    return NOTHING
+class _TlsSocket:
+    """TLS on a socket that does not block, with the methods of a socket that we use.
 
+    OpenSSL itself reads as long as there is something: a flood of records without any
+    content (KeyUpdate) would hold the loop for seconds. So it gets its octets from us, few
+    in a turn, and whoever sends many more than he has to say is cut off.
+    """
 
-def _end_tls(connection: socket.socket) -> None:
-    """Say that nothing follows, so that the client knows that nothing was cut off."""
-    if isinstance(connection, ssl.SSLSocket):
+    def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        self.connection, self.fileno = connection, connection.fileno
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._unsent, self._taken = b"", 0  # what the kernel has not taken of a send of so many bytes
+        self._spare_bytes = TLS_SPARE_BYTES
+
+    def shake_hands(self) -> int | None:
+        """Do what can be done of the handshake now; return the events it waits for, None if it has failed."""
+        try:
+            if self._feed():
+                return None
+            events = NOTHING
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                events = READ
+            return events if self._has_flushed() else WRITE
+        except (OSError, ValueError):  # ValueError: it is closed
+            return None
+
+    def recv(self, size: int) -> bytes:
+        """Return what has come in, nothing at its end; raise BlockingIOError, or ConnectionError for a flood."""
+        ended, received = self._feed(), b""
+        try:
+            while chunk := self._tls.read(size):
+                received += chunk
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            ended = True
+        self._has_flushed()  # what OpenSSL answers by itself
+        if not (received or ended):
+            raise BlockingIOError
+        self._spare_bytes += TLS_OVERHEAD * len(received)
+        return received
+
+    def send(self, octets: memoryview | bytes) -> int:
+        """Return how many bytes have gone out; raise BlockingIOError, after which the same must be sent again."""
+        self._taken = self._taken or self._tls.write(octets[:TLS_RECORD_BYTES])
+        self._flush()
+        taken, self._taken = self._taken, 0
+        return taken
+
+    def end(self) -> socket.socket:
+        """Say that nothing follows, so that the client knows that nothing was cut off; return the bare socket."""
         with contextlib.suppress(OSError, ValueError):
-            connection.unwrap()
+            self._tls.unwrap()
+        with contextlib.suppress(OSError):
+            self._flush()
+        return self.connection
+
+    def _feed(self) -> bool:
+        """Give OpenSSL some of what has come in; return whether there will be no more."""
+        try:
+            octets = self.connection.recv(TLS_TURN_BYTES)
+        except BlockingIOError:
+            return False
+        self._incoming.write(octets)
+        self._spare_bytes -= len(octets)
+        if self._spare_bytes < 0:
+            raise ConnectionAbortedError
+        return not octets
+
+    def _flush(self) -> None:
+        self._unsent += self._outgoing.read()
+        while self._unsent:
+            self._unsent = self._unsent[self.connection.send(self._unsent):]
+
+    def _has_flushed(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            self._flush()
+        return not self._unsent
 
 
 def sweep_until(stop: threading.Event, relay: Relay) -> None:
@@ -2333,8 +2417,13 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Do what may take long, until there is None to do: the body of each pool thread."""
         while (task := self._tasks.get()) is not None:
             client, call = task
-            self._done.append((client, call()))
-            del task, call  # a parsed request may be large, and the next one far
+            try:
+                result = call()
+            except Exception:  # none does; but a thread less would be for good
+                log.exception("a task failed; please report this")
+                result = None
+            self._done.append((client, result))
+            del task, call, result  # a parsed request may be large, and the next one far
             self._wake()
 
     # The loop
@@ -2430,8 +2519,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._hold(client, 0)
         self._clients.discard(client)
         self._watch(client, NOTHING)
-        _end_tls(client.socket)
-        client.socket.close()
+        self._end_tls(client).close()
 
     def _count(self, client: _Client, counted: bool) -> None:
         """Count a client among the connections, or no longer; it may be so already."""
@@ -2469,21 +2557,26 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def _handshake(self, client: _Client) -> _Steps[None]:
         """Begin TLS, if that is what we speak; what costs time is done by the pool."""
-        if not self.tls or isinstance(client.socket, ssl.SSLSocket):
+        if not self.tls or isinstance(client.socket, _TlsSocket):
             return
         deadline_s = client.deadline_s = self._now_s + self.limits.request_timeout_s
         client.idle = True
         yield READ  # who says nothing costs nothing
-        if self._handshakes.take(client.source, self.relay.now_us()):
+        if not client.proxy and self._handshakes.take(client.source, self.relay.now_us()):
             raise ConnectionAbortedError
-        self._watch(client, NOTHING)  # the selector knows the socket without TLS
-        client.socket = self.tls.wrap_socket(client.socket, server_side=True, do_handshake_on_connect=False)
-        while events := (yield from self._in_pool(client, functools.partial(_shake_hands, client.socket))):
+        client.socket = _TlsSocket(client.socket, self.tls)
+        while events := (yield from self._in_pool(client, client.socket.shake_hands)):
             client.idle, client.deadline_s = True, deadline_s
             yield events
         self.relay.counts.add("connectoid_handshakes_total", "failed" if events is None else "done")
         if events is None:
             raise ConnectionAbortedError
+
+    def _end_tls(self, client: _Client) -> socket.socket:
+        """Return the socket of a client, without TLS from now on."""
+        if isinstance(client.socket, _TlsSocket):
+            client.socket = client.socket.end()
+        return client.socket
 
     def _in_pool(self, client: _Client, call: Callable[[], _T]) -> _Steps[_T | None]:
         """Return what a call that may take long returns; None if too many are in the queue."""
@@ -2531,7 +2624,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Take what has come in, if anything; raise ConnectionError when there will be no more."""
         try:
             chunk = client.socket.recv(RECV_BYTES)
-        except NOT_NOW:
+        except BlockingIOError:
             return False
         if not chunk:
             raise ConnectionAbortedError
@@ -2598,7 +2691,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         while unsent:
             try:
                 unsent = unsent[client.socket.send(unsent):]
-            except NOT_NOW:
+            except BlockingIOError:
                 if not self._hold(client, len(unsent)):
                     raise ConnectionAbortedError from None
                 yield WRITE
@@ -2616,8 +2709,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         if crowded:
             return
         # Closing now would send a reset, which overtakes the reply.
-        _end_tls(client.socket)
-        client.socket.shutdown(socket.SHUT_WR)
+        self._end_tls(client).shutdown(socket.SHUT_WR)
         client.incoming.clear()
         client.deadline_s = self._now_s + LINGER_S
         dropped = 0
@@ -2811,12 +2903,17 @@ def notify(state: str) -> None:
             to_systemd.sendto(state.encode("ascii"), path.replace("@", "\0", 1) if path[0] == "@" else path)
 
 
+def _number_of(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if re.fullmatch(r"[0-9]{1,15}", text) else 0
+
+
 def build_watchdog(monotonic_us: Callable[[], int] = SYSTEM_CLOCK.monotonic_us) -> Callable[[], None]:
     """Return what the loop calls with every tick: it tells systemd in time that the loop lives.
 
     Of the store it tells nothing, as /health does: a new start mends no disk.
     """
-    interval_us = int(os.environ.get("WATCHDOG_USEC", "0")) // 2
+    interval_us = _number_of("WATCHDOG_USEC") // 2
     next_us = 0 if interval_us else MAX_AT_US
 
     def beat() -> None:
@@ -2832,12 +2929,13 @@ def inherited_sockets() -> list[socket.socket]:
     """Return the sockets that systemd has bound for us (sd_listen_fds(3)); raise SettingError for others."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
-    count = int(os.environ.get("LISTEN_FDS", "0"))
-    sockets = [socket.socket(fileno=number) for number in range(FIRST_INHERITED, FIRST_INHERITED + count)]
-    kinds = [opened.type for opened in sockets]
+    sockets = [socket.socket(fileno=FIRST_INHERITED + number) for number in range(_number_of("LISTEN_FDS"))]
+    kinds = sorted(opened.type for opened in sockets)
     if (any(opened.family not in (socket.AF_INET, socket.AF_INET6) for opened in sockets)
-            or kinds.count(socket.SOCK_STREAM) != 1 or kinds.count(socket.SOCK_DGRAM) != count - 1 or count > 2):  # noqa: PLR2004
-        raise SettingError("the socket unit must have one ListenStream= with a port, and at most one ListenDatagram=")
+            or [opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for opened in sockets].count(1) != 1
+            or kinds not in ([socket.SOCK_STREAM], [socket.SOCK_STREAM, socket.SOCK_DGRAM])):
+        raise SettingError("the socket unit must have one ListenStream= with a port, at most one ListenDatagram=,"
+                           " and no Accept=")
     for opened in sockets:
         os.set_inheritable(opened.fileno(), False)
     return sockets
@@ -2856,24 +2954,21 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
                     load_tls(arguments.tls_cert, arguments.tls_key) if arguments.tls_cert else None)
 
 
-def build_reread(arguments: argparse.Namespace, server: RelayServer) -> Callable[[], None]:
-    """Return what SIGHUP does: take what the files say now, or say why everything stays as it is."""
-    lock = threading.Lock()  # the last one asked for is the last one to read
-
-    def reread() -> None:
-        with lock:
-            try:
-                server.relay.access, server.tls = read_settings(arguments)
-            except SettingError as error:
-                log.error("connectoid relay: %s; all stays as it was", error)
-            else:
-                log.warning("connectoid relay: read the files again")
-
-    return reread
+def reread_when_asked(asked: threading.Event, arguments: argparse.Namespace, server: RelayServer) -> None:
+    """Take what the files say now, or say why all stays as it was: the body of a thread."""
+    while asked.wait():
+        asked.clear()
+        try:
+            server.relay.access, server.tls = read_settings(arguments)
+        except SettingError as error:
+            log.error("connectoid relay: %s; all stays as it was", error)
+        else:
+            log.warning("connectoid relay: read the files again")
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Run a relay until SIGTERM or SIGINT; raise SettingError, StoreError or OSError if it cannot."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
     limits = Limits(**{limit.name: getattr(arguments, limit.name) for limit in fields(Limits)})
     about = About(arguments.name, arguments.contact, arguments.notice, arguments.price_url)
     (access, tls), sockets = read_settings(arguments), inherited_sockets()
@@ -2885,7 +2980,8 @@ def serve(arguments: argparse.Namespace) -> None:
     with contextlib.closing(relay), RelayServer(
             (arguments.host, arguments.port), relay, udp=arguments.udp, stun=arguments.stun, tls=tls,
             proxies=Networks(arguments.trusted_proxy), inherited=sockets, on_tick=build_watchdog()) as server:
-        handle_signals(server, build_reread(arguments, server))
+        handle_signals(server, asked := threading.Event())
+        threading.Thread(target=reread_when_asked, args=(asked, arguments, server), daemon=True).start()
         host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
         log.warning("connectoid relay %s listening on %s://%s:%d", __version__, "https" if tls else "http", host,
                     server.server_port)
@@ -2893,16 +2989,16 @@ def serve(arguments: argparse.Namespace) -> None:
         server.serve_forever()
 
 
-def handle_signals(server: RelayServer, reread: Callable[[], None]) -> None:
-    """Stop on SIGTERM and SIGINT; on SIGHUP read again, outside the serving thread."""
+def handle_signals(server: RelayServer, asked: threading.Event) -> None:
+    """Stop on SIGTERM and SIGINT; on SIGHUP ask for the files to be read again."""
     def stop(*_: object) -> None:
         server.stop()
         notify("STOPPING=1")
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    # Not in the handler itself: it may have interrupted the making of another thread.
-    signal.signal(signal.SIGHUP, lambda *_: server.soon(threading.Thread(target=reread, daemon=True).start))
+    # Not in the handler itself: it may have interrupted another that holds the event's lock.
+    signal.signal(signal.SIGHUP, lambda *_: server.soon(asked.set))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

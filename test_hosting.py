@@ -385,11 +385,11 @@ def test_requests_that_a_failing_store_was_not_told_are_told_with_the_next_sweep
     watched.failing = False
     assert ask(relay, check(alice, ext=KEY)) == [NOTHING]
     relay.sweep()
-    assert watched.inside.spend({"keys.alice": 0}, relay.now_us()) == {"keys.alice": 3}
+    assert watched.inside.spent(relay.now_us()) == {"keys.alice": 3}
     relay.access = access
     assert ask(relay, check(alice, ext=KEY)) == [(429, "Too often", TO_MIDNIGHT_S)]
     relay.sweep()
-    assert watched.inside.spend({"keys.alice": 0}, relay.now_us()) == {"keys.alice": 3}  # none was told twice
+    assert watched.inside.spent(relay.now_us()) == {"keys.alice": 3}  # none was told twice
 
 
 # bytes
@@ -1585,16 +1585,21 @@ def test_stored_follows_puts_and_sweeps() -> None:
 def test_spend_adds_by_name_and_day(tmp_path: Path) -> None:
     days = [START_US + day * DAY_US for day in range(3)]
     midnight_us = START_US + TO_MIDNIGHT_S * 1_000_000
+    def spend(requests: dict[str, int], now_us: int) -> dict[str, int]:
+        store.spend(requests, now_us)
+        return store.spent(now_us)
+
     with contextlib.closing(SqliteStore(str(tmp_path / "relay.db"))) as store:
-        assert store.spend({"a": 2}, days[0]) == {"a": 2}
-        assert store.spend({"b": 1, "a": 3}, midnight_us - 1) == {"b": 1, "a": 5}
-        assert store.spend({"a": 4}, midnight_us) == {"a": 4}
-        assert store.spend({"a": 1}, days[0]) == {"a": 5}  # by the store's time, which does not go back
+        assert spend({"a": 2}, days[0]) == {"a": 2}
+        assert spend({"b": 1, "a": 3}, midnight_us - 1) == {"b": 1, "a": 5}
+        assert spend({"a": 4}, midnight_us) == {"a": 4}
+        assert spend({"a": 1}, days[0]) == {"b": 1}  # told by the store's time, which does not go back
+        assert store.spent(midnight_us) == {"a": 5}
     with contextlib.closing(SqliteStore(str(tmp_path / "relay.db"))) as store:
-        assert store.spend({"a": 1, "b": 7}, days[1]) == {"a": 6, "b": 7}
-        assert store.spend({"a": 1}, days[2]) == {"a": 1}
+        assert spend({"a": 1, "b": 7}, days[1]) == {"a": 6, "b": 7}
+        assert spend({"a": 1}, days[2]) == {"a": 1}
         store.put(Message(Owner(1).box, "QUJD", b"s", 10, Quota("a", bytes=4)), Limits(), days[2])
-        assert store.spend({"a": 1}, days[2]) == {"a": 2}
+        assert spend({"a": 1}, days[2]) == {"a": 2}
         with pytest.raises(NoRoom, match="quota"):
             store.put(Message(Owner(1).box, "QU", b"s", 10, Quota("a", bytes=4)), Limits(), days[2])
 
