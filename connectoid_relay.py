@@ -1464,6 +1464,7 @@ class Relay:
         with contextlib.suppress(StoreError):  # let an older process with a slower clock know
             store.probe(self.now_us())
             self._daily.share(store, self.now_us())
+        self.closed = threading.Event()
         self._probed_us, self._ill = 0, ""  # what /health has to say, asked seldom
 
     def now_us(self) -> int:
@@ -1792,6 +1793,7 @@ class Relay:
 
     def close(self) -> None:
         """Write down who was seen and close the store."""
+        self.closed.set()
         with contextlib.suppress(StoreError):
             self._write_seen()
         self.store.close()
@@ -2758,14 +2760,14 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
 
 def wsgi(relay: Relay, proxies: Networks = NO_NETWORKS) -> Callable[..., Iterable[bytes]]:
-    """Return the relay as a WSGI application; a thread sweeps as long as the process lives.
+    """Return the relay as a WSGI application; a thread sweeps until the relay is closed or the process ends.
 
     Make store, relay and application in the process that serves them: SQLite and threads
     do not survive a fork, so the application raises RuntimeError in a child.
     """
-    owner, stop = os.getpid(), threading.Event()
-    threading.Thread(target=sweep_until, args=(stop, relay), daemon=True).start()
-    atexit.register(stop.set)
+    owner = os.getpid()
+    threading.Thread(target=sweep_until, args=(relay.closed, relay), daemon=True).start()
+    atexit.register(relay.closed.set)
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if os.getpid() != owner:

@@ -67,12 +67,15 @@ from conftest import (
 from connectoid_relay import (
     MAX_DATA_CHARS,
     MAX_RECEIVE_CHARS,
+    TLS_OVERHEAD,
+    TLS_SPARE_BYTES,
     Limits,
     Networks,
     Relay,
     RelayServer,
     SqliteStore,
     __version__,
+    _TlsSocket,
     build_watchdog,
     load_tls,
     wsgi,
@@ -592,6 +595,95 @@ def test_handshakes_of_a_source_are_limited_by_the_minute(clock: FakeClock, file
             with Client(server.server_port, trust, source="127.0.0.2") as other:
                 assert other.post(check(alice)) == (200, NOTHING)
             clock.advance(60)
+
+
+def test_handshakes_of_a_trusted_proxy_are_not_those_of_one_source(clock: FakeClock, files: Files,
+                                                                   trust: ssl.SSLContext) -> None:
+    relay = Relay(SqliteStore(":memory:"), Limits(rate=2), clock=clock.clock)
+    proxies = Networks(["127.0.0.1"])
+    with contextlib.closing(relay), serving(relay, tls=load_tls(*map(str, files)), proxies=proxies) as server:
+        for _ in range(6):
+            with Client(server.server_port, trust):
+                pass
+
+
+class MemoryClient:
+    """A TLS client whose records are sent one by one."""
+
+    def __init__(self, trust: ssl.SSLContext, connection: socket.socket) -> None:
+        self.incoming, self.outgoing, self.connection = ssl.MemoryBIO(), ssl.MemoryBIO(), connection
+        self.tls = trust.wrap_bio(self.incoming, self.outgoing, server_hostname=NAME)
+        self.sent_bytes = 0
+
+    def flush(self) -> int:
+        """Send what there is to send, and return how many bytes that was."""
+        octets = self.outgoing.read()
+        self.connection.sendall(octets)
+        self.sent_bytes += len(octets)
+        return len(octets)
+
+    def shake_hands(self, server: _TlsSocket) -> None:
+        """Do a handshake with a server in the same thread."""
+        waits = True
+        while waits:
+            try:
+                self.tls.do_handshake()
+                waits = False
+            except ssl.SSLWantReadError:
+                self.flush()
+                server.shake_hands()
+                self.incoming.write(self.connection.recv(65_536))
+        self.flush()
+        assert server.shake_hands() == 0
+
+
+def test_tls_client_may_send_64_kib_more_than_8_times_what_he_says(files: Files, trust: ssl.SSLContext) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        server, client = _TlsSocket(ours, load_tls(*map(str, files))), MemoryClient(trust, theirs)
+        client.shake_hands(server)
+        spare_bytes, said = TLS_SPARE_BYTES - client.sent_bytes, 0
+        while True:
+            client.tls.write(b"x")
+            spare_bytes -= client.flush()
+            if spare_bytes < 0:
+                break
+            assert server.recv(100) == b"x"
+            spare_bytes += TLS_OVERHEAD
+            said += 1
+        with pytest.raises(ConnectionAbortedError):
+            server.recv(100)
+        assert said > 1_000  # a request in records of one byte is no flood
+
+
+@pytest.mark.slow
+def test_flood_of_small_records_is_cut_off(start: Callable[..., Process], files: Files, trust: ssl.SSLContext,
+                                           alice: Owner) -> None:
+    process = start(*files.flags)
+    with socket.create_connection(("127.0.0.1", process.port), 10) as connection:
+        client = MemoryClient(trust, connection)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client.tls.do_handshake()
+        client.flush()
+        client.incoming.write(connection.recv(65_536))
+        while True:
+            try:
+                client.tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                client.incoming.write(connection.recv(65_536))
+        client.tls.write(b"POST / HTTP/1.1\r\nContent-Length: 131072\r\n\r\n")
+        for _ in range(131_072):
+            client.tls.write(b" ")
+        with contextlib.suppress(OSError):  # reset, sooner or later
+            client.flush()
+            while octets := connection.recv(65_536):
+                client.incoming.write(octets)
+        client.incoming.write_eof()
+        assert client.tls.read(100) == b""  # the end, and no reply before it
+    assert ask_once(process.port, trust, check(alice)) == NOTHING
+    assert process.stop() == (0, "")
 
 
 def test_handshake_over_the_rate_of_the_flag_is_closed(start: Callable[..., Process], files: Files,

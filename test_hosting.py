@@ -673,6 +673,30 @@ def test_process_reads_keys_again_and_tells_none(start: Callable[..., Process], 
     assert process.stop() == (0, "")
 
 
+def test_quota_is_known_to_a_relay_that_starts_and_to_one_that_was_idle(tmp_path: Path, clock: FakeClock,
+                                                                        alice: Owner) -> None:
+    def start_relay() -> Relay:
+        access = Access({"sesame": Quota("keys.alice", requests_per_day=3)}, None)
+        return Relay(SqliteStore(str(tmp_path / "relay.db")), access=access, clock=clock.clock)
+
+    with contextlib.closing(start_relay()) as first, contextlib.closing(start_relay()) as idle:
+        for _ in range(3):
+            assert first.handle(check(alice, ext="sesame"), SOURCE) == (200, NOTHING)
+        first.sweep()
+        idle.sweep()  # it had nothing to tell
+        for relay in (first, idle):
+            assert relay.handle(check(alice, ext="sesame"), SOURCE).status == 429
+        with contextlib.closing(start_relay()) as new:
+            assert new.handle(check(alice, ext="sesame"), SOURCE).status == 429
+
+
+@pytest.mark.parametrize("name", ["keys", "denied"])
+def test_pipe_in_place_of_a_file_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SettingError, match=r"^.*/pipe: is a pipe; give a file, which can be read again$"):
+        read_access(**{name: str(tmp_path / "pipe")})
+
+
 # ---------------------------------------------------------------------------------------
 # The list of who is denied.
 # ---------------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ def commands() -> dict[str, list[str]]:
 
 COMMANDS = commands()
 VPS, PORT_443 = "On a VPS, under systemd", "Port 443, and restarts that nobody notices"
-HTTPS, CADDY, PI = "HTTPS, built in", "HTTPS by Caddy", "A Raspberry Pi at home"
+HTTPS, CADDY, NGINX = "HTTPS, built in", "HTTPS by Caddy", "HTTPS by nginx"
+PI = "A Raspberry Pi at home"
 
 
 # The machine ---------------------------------------------------------------------------------
@@ -260,11 +261,16 @@ exec openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 
     -addext subjectAltName=DNS:relay.example.com,DNS:localhost -out "$1" -keyout "$2" 2>/dev/null
 """,
     # It keeps what it was told, folders for root alone, and runs the hook in a shell: now and with each renewal.
-    "/usr/bin/certbot": """#!/bin/sh
+    "/usr/bin/certbot": """#!/bin/bash
 set -eu
 [ "$(id -u)" = 0 ]
 umask 077
 if [ "$1" = certonly ]; then
+    if [ "$2 $3" = "--webroot -w" ]; then
+        [ -d "$4" ]
+        shift 3
+        set -- certonly --standalone "${@:2}"
+    fi
     [ "$2 $3 $5" = "--standalone -d --deploy-hook" ] && [ $# = 6 ]
     mkdir -p "/etc/letsencrypt/live/$4"
     printf %s "$6" >/etc/letsencrypt/hook
@@ -447,7 +453,8 @@ def vps(installed: Machine) -> Iterator[Machine]:
 
 
 def test_readme_has_no_commands_that_are_not_run_here() -> None:
-    assert {title: len(found) for title, found in COMMANDS.items()} == {VPS: 4, PORT_443: 2, HTTPS: 4, CADDY: 1, PI: 1}
+    assert {title: len(found) for title, found in COMMANDS.items()} == {
+        VPS: 4, PORT_443: 2, HTTPS: 4, CADDY: 1, NGINX: 1, PI: 1}
 
 
 def test_readme_installs_a_relay_that_is_well(installed: Machine) -> None:
@@ -555,6 +562,18 @@ def test_readme_certificate_is_served_and_renewed(vps: Machine, way: str) -> Non
     vps.run(renew, user="root")
     assert until(lambda: is_served(certificate))
     assert not is_served("/root/first.pem")
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="not installed: nginx")
+def test_readme_nginx_takes_its_configuration_and_is_told_of_renewals(vps: Machine) -> None:
+    vps.write("/usr/local/bin/systemctl", '#!/bin/sh\n[ "$*" = "reload nginx" ] && echo "$*" >>/run/reloads\n')
+    vps.run("chmod +x /usr/local/bin/systemctl", user="root")
+    vps.run(COMMANDS[NGINX][0])
+    (block,) = re.findall(r"```nginx\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    vps.write("/etc/nginx/sites-enabled/relay.conf", block)
+    vps.run("nginx -t -q", user="root")
+    vps.run("certbot renew", user="root")
+    assert vps.run("cat /run/reloads", user="root") == "reload nginx\n" * 2
 
 
 def test_readme_cron_file_is_one_that_cron_takes(vps: Machine) -> None:
