@@ -58,7 +58,6 @@ import struct
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from http import HTTPStatus
@@ -1292,6 +1291,8 @@ QUOTA_FORMS: Mapping[str, tuple[Callable[[Any], object], str]] = {
 
 def _read_keys(path: str) -> tuple[dict[str, Quota], Quota | None]:
     """Return the quotas by API key and that of the public."""
+    import tomllib  # noqa: PLC0415 - 0.8 MiB, and most relays have no key file
+
     text = _read_text(path)
     try:
         file = tomllib.loads(text)
