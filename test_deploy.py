@@ -436,7 +436,8 @@ def test_tls_before_1_2_is_refused_and_harms_nobody(start: Callable[..., Process
         old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
     with pytest.raises(ssl.SSLError) as refused:
         Client(process.port, old)
-    assert refused.value.reason == "TLSV1_ALERT_PROTOCOL_VERSION"
+    # The second is what Debian's own OpenSSL says.
+    assert refused.value.reason in {"TLSV1_ALERT_PROTOCOL_VERSION", "TLSV1_ALERT_INTERNAL_ERROR"}
     assert ask_once(process.port, trust, check(alice)) == NOTHING
     assert process.stop() == (0, "")
 
