@@ -1342,9 +1342,10 @@ def _mistake(path: str, text: str, table: str, member: str, mend: str) -> Settin
     for number, line in enumerate(text.splitlines(), 1):
         header = re.match(r"\s*\[+([^]]*)\]", line)
         here = _plain(header[1]) if header else here
-        if wanted == (here if header else _plain(f"{here}.{line.partition('=')[0]}")):
+        found = here if header else _plain(f"{here}.{line.partition('=')[0]}")
+        if found == wanted:
             return SettingError(f"{path}, line {number}: {mend}")
-        if header and here == _plain(table):
+        if found == _plain(table):
             place = number
     return SettingError(f"{path}, line {place}: {mend}")
 
@@ -2197,8 +2198,8 @@ def load_tls(certificate: str, key: str) -> ssl.SSLContext:
     context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(certificate, key, password=lambda: b"")  # nobody is here to be asked
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
+    except OSError as error:  # most are SSLError; a file may also have gone meanwhile
+        if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
             raise SettingError(f"{key} is not the key of {certificate}; give the two that belong together") from None
         mend = "without a passphrase, " if b"ENCRYPTED" in _read_octets(key) else ""
         raise SettingError(f"{certificate} or {key} cannot be used; give a chain of certificates and its private"
@@ -2305,7 +2306,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     `serve_forever`, `shutdown`, `server_close`, `server_port` and `with` are as usual; it
     serves once. The host "" is all interfaces, IPv6 and IPv4. `udp` answers checks and
-    `stun` Binding requests in single datagrams; `tls`, which may be replaced while it
+    `stun` Binding requests in single datagrams; `proxies` are those whose X-Forwarded-For is
+    believed; `on_tick` is called some times a second by the serving thread; `tls`, which may be replaced while it
     serves, is what `load_tls` gives; `inherited` are sockets that listen already, one
     stream and at most one of datagrams. Raises OSError if the address cannot be had.
     """
@@ -2798,7 +2800,10 @@ def _begin_wsgi(relay: Relay, head: Head, environ: Mapping[str, Any], proxies: N
         raise Refusal(BAD_REQUEST, "Send one Content-Length of 1 to 9 digits.")
     if head.length > relay.limits.max_body_bytes:
         raise Refusal(TOO_BIG, f"A body may have {relay.limits.max_body_bytes} bytes.")
-    body = environ["wsgi.input"].read(head.length) if head.length else b""
+    try:
+        body = environ["wsgi.input"].read(head.length) if head.length else b""
+    except OSError:
+        raise Refusal(BAD_REQUEST, "The body did not arrive.") from None
     source = client_of(environ.get("REMOTE_ADDR", ""), head.forwarded_for, proxies)
     return route(relay, head, body, source, Front())
 
@@ -2965,6 +2970,8 @@ def reread_when_asked(asked: threading.Event, arguments: argparse.Namespace, ser
             server.relay.access, server.tls = read_settings(arguments)
         except SettingError as error:
             log.error("connectoid relay: %s; all stays as it was", error)
+        except Exception:  # whatever it is, the next one asked for is read
+            log.exception("reading the files failed; please report this")
         else:
             log.warning("connectoid relay: read the files again")
 
