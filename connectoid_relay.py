@@ -1268,7 +1268,7 @@ def _read_octets(path: str) -> bytes:
             raise SettingError(f"{path}: is a pipe; give a file, which can be read again")
         return Path(path).read_bytes()
     except OSError as error:
-        raise SettingError(f"{path}: {error.strerror}") from None
+        raise SettingError(f"{path}: {error.strerror}; give a file that the relay may read") from None
 
 
 def _read_text(path: str) -> str:
@@ -2191,8 +2191,9 @@ def _add(counter: collections.Counter[str], source: str, change: int) -> None:
 
 def load_tls(certificate: str, key: str) -> ssl.SSLContext:
     """Return what TLS needs, from PEM files: the chain and its private key. Raises SettingError."""
-    for path in (certificate, key):
-        _read_octets(path)  # for its words: those of ssl name no file
+    for path, needed in ((certificate, b"BEGIN CERTIFICATE"), (key, b"PRIVATE KEY")):
+        if needed not in _read_octets(path):  # the words of ssl name no file
+            raise SettingError(f"{path} has no {needed.decode().removeprefix('BEGIN ').lower()} in it; give it as PEM")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 or newer
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])

@@ -602,7 +602,8 @@ def test_mistake_in_a_key_file_is_told_in_one_line_with_its_place(tmp_path: Path
 
 @pytest.mark.parametrize("flag", ["keys", "denied"])
 def test_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path, flag: str) -> None:
-    for path, why in ((tmp_path / "none", "No such file or directory"), (tmp_path, "Is a directory")):
+    for path, why in ((tmp_path / "none", "No such file or directory; give a file that the relay may read"),
+                      (tmp_path, "Is a directory; give a file that the relay may read")):
         with pytest.raises(SettingError, match=f"^{re.escape(str(path))}: {why}$"):
             read_access(**{flag: str(path)})
 
@@ -812,7 +813,7 @@ def test_process_reads_the_deny_list_again(start: Callable[..., Process], tmp_pa
     assert post(process.port, check(alice))[0] == 403
     (tmp_path / "deny.txt").unlink()
     process.popen.send_signal(signal.SIGHUP)
-    assert next_log_line(process) == ("connectoid relay: deny.txt: No such file or directory;"
+    assert next_log_line(process) == ("connectoid relay: deny.txt: No such file or directory; give a file that the relay may read;"
                                       " all stays as it was\n")
     assert post(process.port, check(alice))[0] == 403
     deny("")
