@@ -922,7 +922,8 @@ def test_files_that_may_not_be_read_are_named(files: Files, tmp_path: Path) -> N
                   "sys.exit(connectoid_relay.main())")
         ran = subprocess.run([sys.executable, "-c", script, "--port", "0", *public.flags], cwd=tmp_path, timeout=20,
                              env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stderr) == (1, f"connectoid relay: {public.key}: Permission denied; give a file that the relay may read\n")
+    assert (ran.returncode, ran.stderr) == (
+        1, f"connectoid relay: {public.key}: Permission denied; give a file that the relay may read\n")
 
 
 def test_keys_and_certificate_change_together_or_not_at_all(start: Callable[..., Process], files: Files,

@@ -813,7 +813,8 @@ def test_process_reads_the_deny_list_again(start: Callable[..., Process], tmp_pa
     assert post(process.port, check(alice))[0] == 403
     (tmp_path / "deny.txt").unlink()
     process.popen.send_signal(signal.SIGHUP)
-    assert next_log_line(process) == ("connectoid relay: deny.txt: No such file or directory; give a file that the relay may read;"
+    assert next_log_line(process) == ("connectoid relay: deny.txt: No such file or directory; give a file that the"
+                                      " relay may read;"
                                       " all stays as it was\n")
     assert post(process.port, check(alice))[0] == 403
     deny("")
