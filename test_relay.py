@@ -2979,7 +2979,7 @@ def head_in_pieces(octets: bytes, piece: int) -> Head | str | None:
     try:
         for start in range(0, len(octets), piece):
             incoming += octets[start:start + piece]
-            if head := take_head(incoming, 16_384):
+            if head := take_head(incoming, Limits()):
                 assert octets[:start + piece].endswith(b"\r\n\r\n" + incoming)  # just the head was removed
                 return head
     except Refusal as refusal:
