@@ -421,10 +421,12 @@ def _is_address(text: str) -> bool:
 # Cryptography. All context strings that the relay uses, and RFC 9180 by the library.
 # ---------------------------------------------------------------------------------------
 
+MAX_REMEMBERED_KEYS = 1_024  # 2 MB: who is sent something asks for it soon, and decompression is 6 % of a seal
 CONTEXTS = {"question": b"connectoid/1 question"}
 _SUITE = hpke.Suite(hpke.KEM.P384, hpke.KDF.HKDF_SHA384, hpke.AEAD.AES_256_GCM)
 
 
+@functools.lru_cache(MAX_REMEMBERED_KEYS)
 def read_public_key(box: bytes) -> ec.EllipticCurvePublicKey:
     """Return the key of a mailbox; raise Refusal (Bad request) if it is not on the curve."""
     try:
@@ -522,8 +524,13 @@ class Store(Protocol):
     def answers(self, box: bytes, now_us: int) -> list[bytes]:
         """Return the hashes of the answers that are good now, at most two."""
 
-    def keep_boxes(self, expiries_us: Mapping[bytes, int], now_us: int, room_for: int = 0) -> None:
-        """Raise the expiry of box rows; make missing ones while there are fewer than room_for."""
+    def keep_boxes(self, expiries_us: Mapping[bytes, int], now_us: int, room_for: int = 0, *,
+                   soon: bool = False) -> None:
+        """Raise the expiry of box rows; make missing ones while there are fewer than room_for.
+
+        `soon` is for what may be lost: any later write finds it done, who only reads may have to
+        wait for the next sweep.
+        """
 
     def spend(self, requests: Mapping[str, int], now_us: int) -> None:
         """Add to the requests of today (UTC) by name of quota."""
@@ -617,7 +624,7 @@ WRITE_RELAY = """UPDATE relay SET time_us = :time_us, last_at = :last_at, bytes 
 
 COMMIT_BATCH = 32  # writes in one transaction: 1 MiB of messages, a few milliseconds
 SWEEP_ROWS = 16  # rows of a table deleted in one transaction: half a MiB, fits a small reserve
-RESERVE_BYTES = 4 << 20  # kept back on the disk: room for questions and sweeps when it is full
+RESERVE_BYTES = 16 << 20  # kept back on the disk: room for questions and sweeps when it is full, and half for the WAL
 CHECKPOINT_EVERY_US = 5 * SECOND_US  # after a deletion or a full disk, so as to spare the disk
 BUSY_TIMEOUT_S = 0.02  # for a reader that is in the way of a checkpoint; all writers wait with us
 LOCK_TIMEOUT_S = 2.0  # for another process, which holds the file for milliseconds if it is well
@@ -699,6 +706,7 @@ class SqliteStore:
         self._queue: collections.deque[_Ticket] = collections.deque()
         self._readers: list[sqlite3.Connection] = []  # those that are idle
         self._of_thread = _OfThread()
+        self._durable: bool | None = None  # which the connection is set to
         self._overdue_us: int | None = 0  # when the WAL must be emptied: what was deleted is still in it
         try:
             self._open()
@@ -714,7 +722,7 @@ class SqliteStore:
             self._lock_file = -1 if self._in_memory else self._create_files()
             undo.callback(self._close_lock_file)
             with self._lock, self._exclusive():
-                self._db = self._connect()
+                self._db, self._durable = self._connect(), None
                 undo.callback(self._db.close)
                 self._prepare()
                 self._reserve_bytes = self._choose_reserve()
@@ -782,6 +790,8 @@ class SqliteStore:
 
     def close(self) -> None:
         """Move everything from the WAL into the file and let go of both."""
+        with contextlib.suppress(StoreError):
+            self.keep_boxes({}, 0)  # and with it what is in the queue
         self._closed = True  # a reader that is at work closes itself when it is done
         with self._lock:
             with contextlib.suppress(StoreError), self._exclusive():
@@ -880,7 +890,9 @@ class SqliteStore:
         """Run a batch in one transaction; one that has changed nothing is rolled back."""
         durable = any(ticket.durable for ticket in batch)
         with self._exclusive():
-            self._db.execute(self._sync_pragma if durable else "PRAGMA synchronous = NORMAL")
+            if durable != self._durable:  # a PRAGMA is compiled anew each time
+                self._db.execute(self._sync_pragma if durable else "PRAGMA synchronous = NORMAL")
+                self._durable = durable
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 changes = self._db.total_changes
@@ -1013,7 +1025,8 @@ class SqliteStore:
         """Return the hashes of the answers that are good now."""
         return [answer for (answer,) in self._read(ANSWERS, box, now_us)]
 
-    def keep_boxes(self, expiries_us: Mapping[bytes, int], now_us: int, room_for: int = 0) -> None:
+    def keep_boxes(self, expiries_us: Mapping[bytes, int], now_us: int, room_for: int = 0, *,
+                   soon: bool = False) -> None:
         """Raise the expiry of box rows; make missing ones while there are fewer than room_for."""
         def job(row: _RelayRow) -> None:
             for box, expires_us in expiries_us.items():
@@ -1021,7 +1034,10 @@ class SqliteStore:
                 if not kept and row.boxes < room_for:
                     row.boxes += self._db.execute(ADD_BOX, (box, expires_us)).rowcount
 
-        self._write(job, now_us)
+        if soon:  # it costs no transaction of its own: the next one has it first
+            self._queue.append(_Ticket(job, now_us, False))
+        else:
+            self._write(job, now_us)
 
     def spend(self, requests: Mapping[str, int], now_us: int) -> None:
         """Add to the requests of today by name of quota."""
@@ -1057,7 +1073,7 @@ class SqliteStore:
             return max(len(messages), challenges, boxes) == SWEEP_ROWS
 
         swept = self._read(EXPIRED, now_us) == [(1,)]
-        more = swept and bool(self._write(job, now_us))
+        more = bool(self._write(job, now_us)) if swept or self._queue else False
         if self._overdue_us is None and (self._disk_full or swept):
             self._overdue_us = now_us + CHECKPOINT_EVERY_US
         if self._overdue_us is not None and self._overdue_us <= now_us:
@@ -1715,7 +1731,7 @@ class Relay:
         if self.store.look(box, at_us, now_us).box_expires_us is None:
             expiry_us = {box: self._box_expiry_us(now_us)}
             with contextlib.suppress(StoreError):
-                self.store.keep_boxes(expiry_us, now_us, room_for=self.limits.max_boxes)
+                self.store.keep_boxes(expiry_us, now_us, room_for=self.limits.max_boxes, soon=True)
 
     # send
 
@@ -2412,6 +2428,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._stopping = False  # then there are no new connections and no waits
         self._now_s = self._next_tick_s = self._drained_by_s = time.monotonic()
         self._wake_reader, self._wake_writer = socket.socketpair()
+        self._awake = False  # whether there is an octet for the reader
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._selector.register(self._wake_reader, READ, self._finish_tasks)
@@ -2551,6 +2568,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def _finish_tasks(self) -> None:
         """Take back from the threads what they have done, and what they ask for."""
         self._wake_reader.recv(RECV_BYTES)
+        self._awake = False  # before the look into the queues: what comes from now on wakes us again
         while self._calls:
             self._calls.popleft()()
         while self._done:
@@ -2560,8 +2578,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
             self._wake_waiting()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # full: it is awake; closed: it is over
-            self._wake_writer.send(b"\0")
+        if not self._awake:
+            self._awake = True
+            with contextlib.suppress(OSError):  # it is over
+                self._wake_writer.send(b"\0")
 
     def _wake_waiting(self) -> None:
         """Go on with those whose boxes got messages, from whatever process."""

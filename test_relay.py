@@ -399,6 +399,30 @@ def test_keep_boxes_makes_rows_while_there_is_room_and_only_raises_them(store: S
     assert kept == [later_us + 2] * 4 + [None]
 
 
+@pytest.mark.parametrize("write", ["put", "sweep", "close"])
+def test_what_is_written_soon_is_written_with_the_next_write(folder: Path, write: str) -> None:
+    store = STORES["file"](folder)
+    store.keep_boxes({box_of(0): NOW_US + HOUR_US}, NOW_US, 1, soon=True)
+    assert store.look(box_of(0), 0, NOW_US) == Look(False, None)
+    {"put": lambda: put(store), "sweep": lambda: store.sweep(NOW_US), "close": store.close}[write]()
+    other = STORES["file"](folder)
+    assert other.look(box_of(0), 0, NOW_US).box_expires_us == NOW_US + HOUR_US
+    other.close()
+    store.close()
+
+
+def test_snapshot_shows_one_state_to_this_thread_alone(folder: Path) -> None:
+    store = STORES["file"](folder)
+    with store.snapshot():
+        assert store.look(box_of(0), 0, NOW_US) == Look(False, None)
+        put(store)
+        assert store.look(box_of(0), 0, NOW_US) == Look(False, None)
+        with concurrent.futures.ThreadPoolExecutor(1) as another:
+            assert another.submit(store.look, box_of(0), 0, NOW_US).result() == Look(True, None)
+    assert store.look(box_of(0), 0, NOW_US) == Look(True, None)
+    store.close()
+
+
 def test_box_row_ends_at_its_microsecond_and_leaves_its_place_after_a_sweep(store: Store) -> None:
     later_us = NOW_US + SECOND_US
     assert keep_box(store, 0, later_us, room_for=1) == later_us
@@ -592,7 +616,8 @@ def prove(relay: Relay, owner: Owner, source: str = HOME) -> None:
 
 
 def box_expiry(relay: Relay, owner: Owner) -> int | None:
-    """Return until when the box has a row."""
+    """Return until when the box has a row, once what was to be written soon is written."""
+    relay.store.keep_boxes({}, 0)
     return relay.store.look(owner.box, 0, relay.now_us()).box_expires_us
 
 
@@ -2928,6 +2953,7 @@ def test_a_check_keeps_a_proven_box(
         relay: Relay, clock: FakeClock, alice: Owner, ask: Callable[[Relay, object], object]) -> None:
     relay.handle(send(alice), "192.0.2.1")
     relay.handle(receive(alice, answer_of(relay, alice)), "192.0.2.1")
+    relay.sweep()
     for _ in range(3):
         clock.advance(20 * 86_400)  # of 30 days
         assert ask(relay, check(alice)) is not None
