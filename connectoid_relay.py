@@ -109,6 +109,7 @@ POOL_THREADS = 16  # do what waits for the disk or a seal; so many sends share a
 LISTEN_BACKLOG = 1_024  # connections that the kernel holds for us
 ACCEPT_BATCH = 64  # connections taken in one turn of the loop
 DATAGRAM_BATCH = 256  # and datagrams: a few milliseconds, about as much as the connections may take
+SEND_BUFFER_BYTES = 64 * 1024  # asked of the kernel: a client who does not read may else take 4 MB of it
 RECV_BYTES = 64 * 1024  # read from a connection in one turn of the loop
 TLS_TURN_BYTES = 4 * 1024  # given to OpenSSL in one turn of the loop: a few milliseconds at worst
 TLS_RECORD_BYTES = 16 * 1024  # of a record: RFC 8446, section 5.1
@@ -1256,10 +1257,10 @@ class Counts:
             (name, value): 0 for name, metric in METRICS.items() if metric.type == "counter"
             for value in metric.values}
 
-    def add(self, name: str, value: str = "") -> None:
-        """Count one; a KeyError says that the metric is not in the table."""
+    def add(self, name: str, value: str = "", count: int = 1) -> None:
+        """Add to a count; a KeyError says that the metric is not in the table."""
         with self._lock:
-            self._counts[name, value] += 1
+            self._counts[name, value] += count
 
     def taken(self) -> dict[Sample, int]:
         """Return all counts as they are now."""
@@ -2240,6 +2241,58 @@ NOTHING, READ, WRITE = 0, selectors.EVENT_READ, selectors.EVENT_WRITE
 NEVER_S = float("inf")
 EVERYBODY = ""  # the key of the count of all connections, beside those of the sources
 
+_Task: TypeAlias = "tuple[_Client, Callable[[], Any]]"
+
+
+class _Turns:
+    """Tasks for the threads. Sources take turns, so that one with many of them waits for itself alone.
+
+    When all places are taken, a source may still have its equal share of them: so there
+    are at most twice as many.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._places, self._taken, self._lock = places, 0, threading.Lock()
+        self._tasks: dict[str, collections.deque[_Task]] = {}
+        self._next: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # each source with tasks, once
+
+    def __len__(self) -> int:
+        return self._taken
+
+    def put(self, source: str, task: _Task) -> bool:
+        """Queue a task of a source, or return False if there is no place for it."""
+        with self._lock:
+            own = self._tasks.get(source)
+            share = self._places // (len(self._tasks) + (own is None))
+            if self._taken >= self._places and len(own or ()) >= share:
+                return False
+            if own is None:
+                own = self._tasks[source] = collections.deque()
+                self._next.put(source)
+            own.append(task)
+            self._taken += 1
+            return True
+
+    def get(self) -> _Task | None:
+        """Return the next task, as soon as there is one; None is the end."""
+        source = self._next.get()
+        if source is None:
+            return None
+        with self._lock:
+            tasks = self._tasks[source]
+            task = tasks.popleft()
+            self._taken -= 1
+            if tasks:
+                self._next.put(source)
+            else:
+                del self._tasks[source]
+            return task
+
+    def end(self) -> None:
+        """Have one thread told that this is the end, after what has its turn before."""
+        self._next.put(None)
+
+
 _T = TypeVar("_T")
 _Steps: TypeAlias = Generator[int, Any, _T]  # yields events; at a deadline gets a TimeoutError
 
@@ -2420,7 +2473,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._places = 0  # taken in _waiting
         self._held: dict[str, int] = {}  # bytes, counted in the same way
         self._cursor_us = relay.store.time_us() - 1  # up to which messages the loop knows all
-        self._tasks: queue.SimpleQueue[tuple[_Client, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._tasks = _Turns(relay.limits.max_queued)
         self._done: collections.deque[tuple[_Client, Any]] = collections.deque()
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._finished, self._no_more_sweeps = threading.Event(), threading.Event()
@@ -2449,6 +2502,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
             socketserver.TCPServer.server_bind(self)
         # What is accepted has this too: replies are not held back (Nagle).
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self.socket.setblocking(False)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
@@ -2469,7 +2523,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         finally:
             self._no_more_sweeps.set()
             for _ in range(POOL_THREADS):
-                self._tasks.put(None)
+                self._tasks.end()
             for thread in threads:
                 thread.join(max(0.0, self._drained_by_s - time.monotonic()))
             self._finished.set()
@@ -2524,8 +2578,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def _turn(self) -> None:
         """Do what the sockets ask for, at the latest when the next tick is due."""
-        for key, _ in self._selector.select(self._next_tick_s - time.monotonic()):
+        for number, (key, _) in enumerate(self._selector.select(self._next_tick_s - time.monotonic()), 1):
             self._now_s = time.monotonic()
+            if number % ACCEPT_BATCH == 0:  # thousands may have something at once: not before all who are new
+                self._finish_tasks()
+                self._take_connections()
             if not isinstance(key.data, _Client):
                 key.data()
             elif key.data.events:  # else an earlier event of this turn has moved it on
@@ -2557,17 +2614,21 @@ class RelayServer(http.server.ThreadingHTTPServer):
             self._resume(client, error=TimeoutError())
 
     def _take_connections(self) -> None:
+        if self._stopping:  # since this turn began
+            return
         try:
             for _ in range(ACCEPT_BATCH):
                 self.process_request(*self.socket.accept())
         except BlockingIOError:
             pass
         except OSError:  # out of files: until the next tick somebody may have gone
-            self._selector.unregister(self.socket)
+            with contextlib.suppress(KeyError):  # found so twice in a turn
+                self._selector.unregister(self.socket)
 
     def _finish_tasks(self) -> None:
         """Take back from the threads what they have done, and what they ask for."""
-        self._wake_reader.recv(RECV_BYTES)
+        with contextlib.suppress(BlockingIOError):  # it was done earlier in this turn
+            self._wake_reader.recv(RECV_BYTES)
         self._awake = False  # before the look into the queues: what comes from now on wakes us again
         while self._calls:
             self._calls.popleft()()
@@ -2641,9 +2702,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 if not head or len(client.incoming) < head.length:
                     head = yield from self._complete(client, head)
                 client.cursor_us = self._cursor_us
-                outcome = route(self.relay, head, self._take_body(client, head), self._source_of(client, head),
-                                self._front)
-                reply = outcome if isinstance(outcome, Reply) else (yield from self._finish(client, outcome))
+                source = self._source_of(client, head)
+                outcome = route(self.relay, head, self._take_body(client, head), source, self._front)
+                reply = outcome if isinstance(outcome, Reply) else (yield from self._finish(client, source, outcome))
                 last = self._stopping or not head.keep_alive
                 unsent = self._push(client, render(reply, head, last=last), last)
                 del outcome, reply  # a client that waits or is idle keeps neither
@@ -2675,7 +2736,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         if not client.proxy and self._handshakes.take(client.source, self.relay.now_us()):
             raise ConnectionAbortedError
         client.socket = _TlsSocket(client.socket, self.tls)
-        while events := (yield from self._in_pool(client, client.socket.shake_hands)):
+        while events := (yield from self._in_pool(client, client.source, client.socket.shake_hands)):
             client.idle, client.deadline_s = True, deadline_s
             yield events
         self.relay.counts.add("connectoid_handshakes_total", "failed" if events is None else "done")
@@ -2688,12 +2749,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
             client.socket = client.socket.end()
         return client.socket
 
-    def _in_pool(self, client: _Client, call: Callable[[], _T]) -> _Steps[_T | None]:
+    def _in_pool(self, client: _Client, source: str, call: Callable[[], _T]) -> _Steps[_T | None]:
         """Return what a call that may take long returns; None if too many are in the queue."""
-        if self._tasks.qsize() >= self.limits.max_queued:
+        if not self._tasks.put(source, (client, call)):
             return None
         client.idle, client.deadline_s = False, NEVER_S
-        self._tasks.put((client, call))
         result: _T = yield NOTHING
         return result
 
@@ -2728,7 +2788,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def _take_body(self, client: _Client, head: Head) -> bytes:
         body = bytes(client.incoming[:head.length])
         del client.incoming[:head.length]
-        self._hold(client, 0)
+        if not self._hold(client, len(client.incoming)):  # of further requests
+            raise Refusal(BUSY, "Too much is under way.", retry_s=5)
         return body
 
     def _more(self, client: _Client) -> _Steps[None]:
@@ -2758,7 +2819,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         limit, held = self.limits.max_buffered_bytes, self._held.get
         return held(EVERYBODY, 0) <= limit and (client.proxy or held(client.source, 0) <= limit // SOURCE_SHARE)
 
-    def _finish(self, client: _Client, outcome: Outcome) -> _Steps[Reply]:
+    def _finish(self, client: _Client, source: str, outcome: Outcome) -> _Steps[Reply]:
         """Return the reply to a request that is not answered at once."""
         until_s, overload = 0.0, None
         while not isinstance(outcome, Reply):
@@ -2766,14 +2827,14 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 until_s, overload = until_s or self._now_s + outcome.seconds, outcome.reply
                 outcome = yield from self._poll(client, outcome, until_s)
             else:
-                done = yield from self._in_pool(client, functools.partial(self.relay.run, outcome))
+                done = yield from self._in_pool(client, source, functools.partial(self.relay.run, outcome))
                 outcome = done or overload or self.relay.refuse(
                     Refusal(BUSY, "Too many requests at once.", retry_s=2))
         return outcome
 
     def _gauges(self) -> dict[str, int]:
         return {"connections": self._open.get(EVERYBODY, 0), "waiting_boxes": self._places,
-                "queued_requests": self._tasks.qsize()}
+                "queued_requests": len(self._tasks)}
 
     def _poll(self, client: _Client, wait: Wait, until_s: float) -> _Steps[Outcome]:
         """Hold a long poll until one of its boxes gets a message; return how to go on."""
@@ -2815,10 +2876,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Send a reply, or the rest of one, as fast as the client takes it."""
         client.deadline_s = self._now_s + self.limits.idle_timeout_s
         while unsent := self._push(client, memoryview(unsent), False):
-            if not self._hold(client, len(unsent)):
+            if not self._hold(client, len(unsent) + len(client.incoming)):
                 raise ConnectionAbortedError
             yield WRITE
-        self._hold(client, 0)
+        self._hold(client, len(client.incoming))
 
     def _refuse(self, client: _Client, refusal: Refusal) -> _Steps[None]:
         """Answer a request that was not read to its end; take what still comes, and close."""
@@ -2858,21 +2919,24 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._selector.register(self._udp, READ, functools.partial(self._answer_datagrams, self._udp))
 
     def _answer_datagrams(self, udp: socket.socket) -> None:
+        counted: collections.Counter[str] = collections.Counter()
         # OSError: there are no more, or one cannot be answered.
         with contextlib.suppress(OSError), self.relay.store.snapshot():
             for _ in range(DATAGRAM_BATCH):
                 datagram, address = udp.recvfrom(MAX_DATAGRAM_BYTES + 1)
                 kind, reply = self._answer_datagram(datagram, *address[:2])
-                self.relay.counts.add("connectoid_datagrams_total", kind if reply else "none")
+                counted[kind if reply else "none"] += 1
                 if reply:
                     udp.sendto(reply, address)
+        for kind, count in counted.items():
+            self.relay.counts.add("connectoid_datagrams_total", kind, count)
 
     def _answer_datagram(self, datagram: bytes, address: str, port: int) -> tuple[str, bytes | None]:
         source = source_of(address)
-        if is_stun(datagram):
-            wanted = self._front.stun and self.relay.admit_datagram(source)
-            return "stun", answer_stun(datagram, address, port) if wanted else None
-        return "check", answer_datagram(self.relay, datagram, source) if self._front.udp else None
+        if not is_stun(datagram):
+            return "check", answer_datagram(self.relay, datagram, source) if self._front.udp else None
+        wanted = self._front.stun and self.relay.admit_datagram(source)
+        return "stun", answer_stun(datagram, address, port) if wanted else None
 
 
 # ---------------------------------------------------------------------------------------

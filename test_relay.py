@@ -2510,9 +2510,11 @@ class StuckStore(SqliteStore):
     def __init__(self) -> None:
         super().__init__(":memory:")
         self.stuck, self.free = threading.Semaphore(0), threading.Event()
+        self.boxes: list[bytes] = []  # in the order in which their turn came
 
     def put(self, message: Message, limits: Limits, now_us: int) -> int:
         """Keep a message, when the disk is free again."""
+        self.boxes.append(message.box)
         self.stuck.release()
         assert self.free.wait(SLOWLY)
         return super().put(message, limits, now_us)
@@ -2534,6 +2536,72 @@ def test_the_queue_is_limited_while_checks_go_on(clock: FakeClock, alice: Owner,
         store.free.set()
         assert [client.answer() for client in clients] == [(200, {"ok": True})] * (POOL_THREADS + queued)
         assert post(server.server_port, send(bob)) == (200, {"ok": True})
+
+
+def test_sources_take_turns_and_have_their_share_of_a_full_queue(
+        clock: FakeClock, alice: Owner, bob: Owner) -> None:
+    store, queued = StuckStore(), 100
+    with limited(clock, store, max_queued=queued) as server, hanging_up([]) as clients:
+        for _ in range(POOL_THREADS):
+            clients.append(Client(server.server_port, lasting(send(alice))))
+            assert store.stuck.acquire(timeout=SLOWLY)
+        clients.extend(Client(server.server_port, lasting(send(alice))) for _ in range(queued))
+        settle(server.server_port)
+        assert post(server.server_port, send(alice))[0] == 503
+        with contextlib.ExitStack() as held:
+            others = [held.enter_context(socket.create_connection(
+                ("127.0.0.1", server.server_port), SLOWLY, ("127.0.0.2", 0))) for _ in range(queued // 2 + 1)]
+            for other in others[:-1]:
+                other.sendall(lasting(send(bob)))
+            settle(server.server_port)
+            others[-1].sendall(lasting(send(bob)))
+            assert others[-1].recv(100).startswith(b"HTTP/1.1 503 ")  # a half of the places is its share
+            store.free.set()
+            statuses = {other.recv(100)[:12] for other in others[:-1]}
+            assert statuses == {b"HTTP/1.1 200", b"HTTP/1.1 429"}  # of these a part is over its part of the box
+        # Whoever is late waits for one of the other's at a time (and for those that the threads have taken).
+        assert store.boxes[:-2].index(bob.box) <= POOL_THREADS + 1
+        assert store.boxes[:2 * POOL_THREADS + queued].count(bob.box) >= queued // 2 - POOL_THREADS
+        assert {client.answer()[0] for client in clients} <= {200, 429}
+
+
+def test_requests_that_came_with_others_are_counted_as_memory(clock: FakeClock, alice: Owner) -> None:
+    with limited(clock, max_buffered_bytes=SOURCE_SHARE * 10_000) as server:
+        request = lasting(check(alice))
+        few, many = 9_000 // len(request), 30_000 // len(request)
+        assert exchange(server.server_port, request * few + http_request(json.dumps(
+            check(alice)).encode())).count(b"HTTP/1.1 200 OK") == few + 1
+        with Client(server.server_port, request * many) as client:
+            assert client.answer()[0] == 503
+            assert client.is_closed()
+
+
+def test_a_connection_that_comes_as_the_server_stops_ends_nothing(relay: Relay, alice: Owner) -> None:
+    ticking, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        ticking.set()
+        assert go_on.wait(SLOWLY)
+
+    with RelayServer(("127.0.0.1", 0), relay, on_tick=wait) as server:
+        failures: list[BaseException] = []
+        thread = threading.Thread(target=lambda: failures.extend(raised_by(server.serve_forever)))
+        thread.start()
+        assert ticking.wait(SLOWLY)
+        server.stop()  # both are found in the same turn
+        with Client(server.server_port, lasting(check(alice))):
+            go_on.set()
+            thread.join(SLOWLY)
+        assert (thread.is_alive(), failures) == (False, [])
+
+
+def raised_by(call: Callable[[], object]) -> list[BaseException]:
+    """Return what a call raises."""
+    try:
+        call()
+    except Exception as error:
+        return [error]
+    return []
 
 
 def test_memory_for_requests_is_limited_and_comes_back(clock: FakeClock, bob: Owner) -> None:
