@@ -18,7 +18,17 @@ check-style: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
-clean:
-	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+# The relay beside other servers; those that are missing are skipped. About 4 minutes.
+bench: .venv/ready
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	-npm install --silent --no-package-lock --prefix bench
+	$(BIN)/python bench/compare.py
 
-.PHONY: check check-style clean quick
+# The ratios that can be had with nothing but Python and the relay's package. Half a minute.
+bench-quick: .venv/ready
+	$(BIN)/python bench/compare.py --quick
+
+clean:
+	rm -rf .venv bench/node_modules build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+.PHONY: bench bench-quick check check-style clean quick

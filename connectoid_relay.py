@@ -106,7 +106,7 @@ SWEEP_EVERY_S = 1.0  # when there was nothing more to delete
 SWEEP_PAUSE_S = 0.001  # between two steps when there is more
 SWEEP_RETRY_S = 5.0  # after a failure
 POOL_THREADS = 16  # do what waits for the disk or a seal; so many sends share a commit
-LISTEN_BACKLOG = 1_024  # connections that the kernel holds for us
+LISTEN_BACKLOG = 4_096  # connections that the kernel holds for us: who finds no place tries again after a second
 ACCEPT_BATCH = 64  # connections taken in one turn of the loop
 DATAGRAM_BATCH = 256  # and datagrams: a few milliseconds, about as much as the connections may take
 SEND_BUFFER_BYTES = 64 * 1024  # asked of the kernel: a client who does not read may else take 4 MB of it
@@ -659,6 +659,30 @@ class _OfThread(threading.local):
     snapshot: sqlite3.Connection | None = None
 
 
+class _Snapshot:
+    """Have all reads of a thread, within a `with`, go to one connection in one transaction.
+
+    To take and drop the file's shared lock (fcntl) costs as much as a look itself, and so
+    would a generator: this is a class for that. If no connection can be had, each read says what is wrong.
+    """
+
+    def __init__(self, store: SqliteStore) -> None:
+        self._store = store
+        self._db: sqlite3.Connection | None = None
+
+    def __enter__(self) -> None:
+        with contextlib.suppress(sqlite3.Error, StoreError):
+            self._db = self._store._take_reader()
+            self._db.execute("BEGIN")
+        self._store._of_thread.snapshot = self._db
+
+    def __exit__(self, *_: object) -> None:
+        self._store._of_thread.snapshot = None
+        if self._db:
+            self._db.execute("ROLLBACK")
+            self._store._return_reader(self._db)
+
+
 class _Ticket(concurrent.futures.Future[Any]):
     """A write that waits for its commit."""
 
@@ -937,26 +961,9 @@ class SqliteStore:
 
     # Methods of Store
 
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Read one state of the file until the end of a `with`, in this thread.
-
-        To take and drop the file's shared lock (fcntl) costs as much as a look itself. If no
-        snapshot can be had, each read says what is wrong.
-        """
-        db = None
-        with contextlib.suppress(sqlite3.Error, StoreError):
-            db = None if self._in_memory else self._take_reader()
-        try:
-            if db:
-                db.execute("BEGIN")
-            self._of_thread.snapshot = db
-            yield
-        finally:
-            self._of_thread.snapshot = None
-            if db:
-                db.execute("ROLLBACK")
-                self._return_reader(db)
+    def snapshot(self) -> contextlib.AbstractContextManager[None]:
+        """Have this thread's reads in a `with` see one state of the file."""
+        return contextlib.nullcontext() if self._in_memory else _Snapshot(self)
 
     def time_us(self) -> int:
         """Return the store's time as it was last raised."""
@@ -1189,8 +1196,6 @@ class DailyRequests:
 
     def take(self, quota: Quota, now_us: int) -> int:
         """Take one and return 0, or take nothing and return the seconds to wait."""
-        if not quota.name:
-            return 0
         with self._lock:
             day = now_us // DAY_US
             if day != self._day:
@@ -1628,7 +1633,7 @@ class Relay:
         box = read_box(request)
         quota = self.access.quota_of(read(request, "ext"))
         self.access.check_box(box)
-        if retry_s := self._daily.take(quota, self.now_us()):
+        if quota.name and (retry_s := self._daily.take(quota, self.now_us())):
             raise Refusal(TOO_OFTEN, f"More than {quota.requests_per_day} requests in a day.", retry_s)
         return operations[action](self, request, box, source, quota)
 

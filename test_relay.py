@@ -3113,6 +3113,16 @@ def test_any_bytes_are_a_whole_head_or_a_bad_request(octets: bytes) -> None:
     assert isinstance(head, Head) or head == BAD_REQUEST
 
 
+@pytest.mark.slow
+def test_the_fuzzer_finds_nothing() -> None:
+    finished = subprocess.run([sys.executable, ROOT / "bench" / "fuzz.py", "4", "--seed", "1"], check=False,
+                              capture_output=True, text=True)
+    assert (finished.returncode, finished.stderr) == (0, ""), finished.stdout
+    tried = re.fullmatch(r"seed 1: ([0-9,]+) inputs for each of .*: no promise broken\n", finished.stdout)
+    assert tried
+    assert int(tried[1].replace(",", "")) > 100
+
+
 @WHATEVER_COMES
 @given(mutated(JSON_ORIGINALS, JSON_PIECES))
 def test_any_bytes_are_json_or_a_bad_request(octets: bytes) -> None:

@@ -1,0 +1,365 @@
+"""Speak to each server as its clients do: one rendezvous, one idle client. Used by compare.py.
+
+Each function is a coroutine that talks to 127.0.0.1 and asserts every reply. Sockets are used as they are: a
+library for each protocol would cost more than the servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cryptography.hazmat.primitives import hpke
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the relay beside us, installed or not
+
+from connectoid_relay import CONTEXTS, encode_base64url
+
+HOST = "127.0.0.1"
+QUESTION_INFO = CONTEXTS["question"]
+SUITE = hpke.Suite(hpke.KEM.P384, hpke.KDF.HKDF_SHA384, hpke.AEAD.AES_256_GCM)
+DATA = "Q" * 2_500  # of a message: an offer of WebRTC, sealed, in base64url
+TIMEOUT_S = 20
+RECV_BYTES = 65_536
+MQTT_KEEPALIVE_S = 60
+NAMEPLATE_BYTES = 12  # of a mailbox, which make a number that is used once
+
+
+class Line:
+    """A connection that is closed at the end of a `with`."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection((HOST, port), timeout=TIMEOUT_S)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self.received = b""
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    async def send(self, octets: bytes) -> None:
+        """Send all."""
+        await asyncio.get_running_loop().sock_sendall(self.socket, octets)
+
+    async def until(self, there: Callable[[bytes], bool]) -> bytes:
+        """Return what came since the last call, once it is what is waited for."""
+        loop = asyncio.get_running_loop()
+        while not there(self.received):
+            chunk = await loop.sock_recv(self.socket, RECV_BYTES)
+            if not chunk:
+                raise ConnectionError(f"closed after {self.received[-200:]!r}")
+            self.received += chunk
+        taken, self.received = self.received, b""
+        return taken
+
+    async def rest(self) -> bytes:
+        """Return all that comes until the server closes."""
+        loop = asyncio.get_running_loop()
+        while chunk := await loop.sock_recv(self.socket, RECV_BYTES):
+            self.received += chunk
+        return self.received
+
+
+async def exchange(port: int, octets: bytes) -> bytes:
+    """Send octets on a fresh connection and return all that comes back until the server closes."""
+    with Line(port) as line:
+        await line.send(octets)
+        return await line.rest()
+
+
+# ---------------------------------------------------------------------------------------
+# Mailboxes, and JSON over HTTP: the relay, and the one behind FastAPI.
+# ---------------------------------------------------------------------------------------
+
+
+class Owner(NamedTuple):
+    """A mailbox with its private key."""
+
+    key: ec.EllipticCurvePrivateKey
+    pub: str
+
+
+class Pair(NamedTuple):
+    """Two who meet: alice sends first. The peers take `pub` as a name."""
+
+    alice: Owner
+    bob: Owner
+
+
+def make_owner() -> Owner:
+    """Return a fresh mailbox."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    return Owner(key, encode_base64url(key.public_key().public_bytes(Encoding.X962, PublicFormat.CompressedPoint)))
+
+
+def make_pairs(count: int) -> list[Pair]:
+    """Return so many pairs of fresh mailboxes."""
+    return [Pair(make_owner(), make_owner()) for _ in range(count)]
+
+
+def made_up_pub() -> str:
+    """Return the form of a mailbox that nobody has."""
+    return encode_base64url(b"\x02" + os.urandom(48))
+
+
+def http_request(body: bytes, *, keep: bool = False, path: str = "/") -> bytes:
+    """Return a POST, or a GET without a body, as a client of few words sends it."""
+    lines = [f"{'POST' if body else 'GET'} {path} HTTP/1.1", "Host: relay.example"]
+    lines += [] if keep else ["Connection: close"]
+    lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"] if body else []
+    return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + body
+
+
+def check_of(pub: str, **members: Any) -> bytes:
+    """Return the body of a check."""
+    return json.dumps({"pub": pub, "action": "check", "at": 0, **members}).encode("ascii")
+
+
+async def ask(port: int, pub: str, action: str, **members: Any) -> dict[str, Any]:
+    """Return the reply to a request on a fresh connection, which must have the status 200."""
+    body = json.dumps({"pub": pub, "action": action, **members}).encode("ascii")
+    head, _, reply = (await exchange(port, http_request(body))).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 "), (head, reply)
+    answered: dict[str, Any] = json.loads(reply)
+    assert answered["ok"] is True, reply
+    return answered
+
+
+async def meet_at_relay(port: int, pair: Pair) -> None:
+    """Check, send, check, receive, send, check, receive."""
+    assert (await ask(port, pair.bob.pub, "check", at=0))["found"] is False
+    for receiver in (pair.bob, pair.alice):
+        await ask(port, receiver.pub, "send", data=DATA)
+        question = (await ask(port, receiver.pub, "check", at=0))["question"]
+        sealed = base64.urlsafe_b64decode(question + "=" * (-len(question) % 4))
+        answer = SUITE.decrypt(sealed, receiver.key, info=QUESTION_INFO).decode("ascii")
+        assert (await ask(port, receiver.pub, "receive", answer=answer, at=0))["data"] == DATA
+
+
+async def meet_at_fastapi(port: int, pair: Pair) -> None:
+    """Deposit, fetch, answer, fetch: nobody proves anything."""
+    for receiver in (pair.bob, pair.alice):
+        await ask(port, receiver.pub, "send", data=DATA)
+        assert (await ask(port, receiver.pub, "receive", at=0))["data"] == DATA
+
+
+def open_forever() -> None:
+    """Do what the clients of a rendezvous do most of the time, until the process is ended."""
+    owner = make_owner()
+    sealed = SUITE.encrypt(b"a" * 43, owner.key.public_key(), info=QUESTION_INFO)
+    while True:
+        SUITE.decrypt(sealed, owner.key, info=QUESTION_INFO)
+
+
+async def park_at_relay(port: int, number: int) -> Line:
+    """Begin a long poll."""
+    line = Line(port)
+    await line.send(http_request(check_of(made_up_pub(), wait=60), keep=True))
+    return line
+
+
+# ---------------------------------------------------------------------------------------
+# Redis: a list for each mailbox.
+# ---------------------------------------------------------------------------------------
+
+
+def redis_commands(*commands: tuple[str, ...]) -> bytes:
+    """Return commands in the form of Redis, and QUIT, after which it closes."""
+    return b"".join(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word.encode()) for word in words)
+                    for words in (*commands, ("QUIT",)))
+
+
+async def meet_at_redis(port: int, pair: Pair) -> None:
+    """Deposit, fetch, answer, fetch: RPUSH (and EXPIRE), LRANGE."""
+    for receiver in (pair.bob, pair.alice):
+        pushed = await exchange(port, redis_commands(("RPUSH", receiver.pub, DATA), ("EXPIRE", receiver.pub, "3600")))
+        assert pushed == b":1\r\n:1\r\n+OK\r\n", pushed
+        fetched = await exchange(port, redis_commands(("LRANGE", receiver.pub, "0", "-1")))
+        assert fetched == b"*1\r\n$%d\r\n%s\r\n+OK\r\n" % (len(DATA), DATA.encode()), fetched
+
+
+async def idle_at_redis(port: int, number: int) -> Line:
+    """Wait for a message of one's own."""
+    line = Line(port)
+    await line.send(redis_commands(("BLPOP", f"idle-{number}", "0"))[:-len(redis_commands())])
+    return line
+
+
+# ---------------------------------------------------------------------------------------
+# Mosquitto: MQTT 3.1.1, a retained message of QoS 1 for each mailbox.
+# ---------------------------------------------------------------------------------------
+
+MQTT_PING, MQTT_LEAVE = b"\xc0\x00", b"\xe0\x00"
+MQTT_ID = b"\x00\x01"  # of the only packet on a connection that needs one
+
+
+def _mqtt(kind: int, *parts: bytes) -> bytes:
+    body, length, rest = b"".join(parts), b"", sum(map(len, parts))
+    while rest > 127:
+        length += bytes([rest % 128 | 128])
+        rest //= 128
+    return bytes([kind]) + length + bytes([rest]) + body
+
+
+def _mqtt_text(text: str) -> bytes:
+    return struct.pack(">H", len(text)) + text.encode()
+
+
+def mqtt_connect(name: str, *, clean: bool = True) -> bytes:
+    """Return a CONNECT; without `clean` the server keeps what comes for this name."""
+    return _mqtt(0x10, _mqtt_text("MQTT"), b"\x04", bytes([2 * clean]), struct.pack(">H", MQTT_KEEPALIVE_S),
+                 _mqtt_text(name))
+
+
+async def meet_at_mosquitto(port: int, pair: Pair) -> None:
+    """Deposit, fetch, answer, fetch; what is fetched is removed, which is a PUBLISH with nothing in it."""
+    for receiver in (pair.bob, pair.alice):
+        topic = _mqtt_text(receiver.pub)
+        sent = await exchange(port, mqtt_connect(f"to-{receiver.pub}") + _mqtt(0x33, topic, MQTT_ID, DATA.encode())
+                              + MQTT_LEAVE)
+        assert sent == b"\x20\x02\x00\x00\x40\x02\x00\x01", sent
+        with Line(port) as line:
+            await line.send(mqtt_connect(receiver.pub) + _mqtt(0x82, MQTT_ID, topic, b"\x01"))
+            fetched = await line.until(lambda received: received.endswith(DATA.encode()))
+            assert b"\x90\x03\x00\x01\x01" in fetched, fetched
+            await line.send(b"\x40\x02\x00\x01" + _mqtt(0x31, topic) + MQTT_LEAVE)
+            await line.rest()
+
+
+async def idle_at_mosquitto(port: int, number: int) -> Line:
+    """Subscribe to a mailbox of one's own."""
+    line = Line(port)
+    await line.send(mqtt_connect(f"idle-{number}") + _mqtt(0x82, MQTT_ID, _mqtt_text(f"box-{number}"), b"\x01"))
+    await line.until(lambda received: received.endswith(b"\x90\x03\x00\x01\x01"))
+    return line
+
+
+# ---------------------------------------------------------------------------------------
+# WebSocket (RFC 6455), as far as PeerJS and the mailbox server need it.
+# ---------------------------------------------------------------------------------------
+
+WS_CLOSE = b"\x88\x82\0\0\0\0\x03\xe8"
+WS_KEY = base64.b64encode(b"connectoid bench").decode()
+
+
+def ws_upgrade(path: str) -> bytes:
+    """Return the request that begins a WebSocket."""
+    return (f"GET {path} HTTP/1.1\r\nHost: relay.example\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {WS_KEY}\r\n\r\n").encode()
+
+
+def ws_text(message: dict[str, Any], opcode: int = 0x81) -> bytes:
+    """Return a message as one frame; the mask is zero, which saves us and nobody else the work."""
+    body = json.dumps(message).encode() if message else b""
+    length = bytes([0x80 | len(body)]) if len(body) < 126 else b"\xfe" + struct.pack(">H", len(body))
+    return bytes([opcode]) + length + bytes(4) + body
+
+
+async def ws_wait(line: Line, type_name: str, *also: str) -> bytes:
+    """Return what came, without spaces after colons, once a message of this type is there and all is whole."""
+    words = [part.encode() for part in (f'"type":"{type_name}"', *also)]
+
+    def there(received: bytes) -> bool:
+        plain = received.replace(b'": ', b'":')
+        return received.endswith(b"}") and all(word in plain for word in words)
+
+    return (await line.until(there)).replace(b'": ', b'":')
+
+
+async def ws_leave(line: Line) -> None:
+    """Close a WebSocket and the connection."""
+    with line:
+        await line.send(WS_CLOSE)
+        await line.rest()
+
+
+async def _join_peerjs(port: int, name: str) -> Line:
+    line = Line(port)
+    await line.send(ws_upgrade(f"/peerjs?key=peerjs&id={name}&token=t&version=1.5.4"))
+    assert (await ws_wait(line, "OPEN")).startswith(b"HTTP/1.1 101 ")
+    return line
+
+
+async def meet_at_peerjs(port: int, pair: Pair) -> None:
+    """Join both, pass an offer and an answer, leave."""
+    alice, bob = await _join_peerjs(port, pair.alice.pub), await _join_peerjs(port, pair.bob.pub)
+    for type_name, sender, receiver, to in (("OFFER", alice, bob, pair.bob), ("ANSWER", bob, alice, pair.alice)):
+        await sender.send(ws_text({"type": type_name, "dst": to.pub, "payload": {"sdp": DATA}}))
+        assert DATA.encode() in await ws_wait(receiver, type_name)
+    await ws_leave(alice)
+    await ws_leave(bob)
+
+
+async def idle_at_peerjs(port: int, number: int) -> Line:
+    """Join under a name of one's own."""
+    return await _join_peerjs(port, f"idle-{number}")
+
+
+PEERJS_PING = ws_text({"type": "HEARTBEAT"})
+
+
+async def _bind_mailbox(port: int, side: str) -> Line:
+    line = Line(port)
+    await line.send(ws_upgrade("/v1"))  # alone: the server overlooks what comes with it
+    assert (await ws_wait(line, "welcome")).startswith(b"HTTP/1.1 101 ")
+    await line.send(ws_text({"type": "bind", "appid": "bench.example", "side": side}))
+    return line
+
+
+async def _join_mailbox(port: int, side: str, nameplate: int) -> Line:
+    line = await _bind_mailbox(port, side)
+    await line.send(ws_text({"type": "claim", "nameplate": str(nameplate)}))
+    claimed = await ws_wait(line, "claimed")
+    mailbox = claimed.rpartition(b'"mailbox":"')[2].partition(b'"')[0].decode()
+    await line.send(ws_text({"type": "open", "mailbox": mailbox}))
+    return line
+
+
+async def check_at_mailbox(port: int, pair: Pair) -> None:
+    """Open a mailbox in which there is nothing; the ping shows that it is done."""
+    line = await _bind_mailbox(port, pair.bob.pub)
+    await line.send(ws_text({"type": "open", "mailbox": pair.bob.pub}) + ws_text({"type": "ping", "ping": 1}))
+    assert b'"type":"message"' not in await ws_wait(line, "pong")
+    await ws_leave(line)
+
+
+async def meet_at_mailbox(port: int, pair: Pair) -> None:
+    """Claim a nameplate, open its mailbox, add a message, wait for the other's, release, close; each of both."""
+    names = [pair.alice.pub, pair.bob.pub]
+    nameplate = int.from_bytes(pair.alice.pub.encode()[:NAMEPLATE_BYTES])
+    lines = [await _join_mailbox(port, name, nameplate) for name in names]
+    for sender, receiver in ((0, 1), (1, 0)):
+        await lines[sender].send(ws_text({"type": "add", "phase": names[sender], "body": DATA}))
+        await ws_wait(lines[receiver], "message", f'"phase":"{names[sender]}"', DATA)
+    for line in lines:
+        await line.send(ws_text({"type": "release"}) + ws_text({"type": "close", "mood": "happy"}))
+        await ws_wait(line, "closed")
+        await ws_leave(line)
+
+
+async def idle_at_mailbox(port: int, number: int) -> Line:
+    """Bind, claim a nameplate of one's own and open its mailbox."""
+    line = await _join_mailbox(port, f"side-{number}", number)
+    await line.send(WS_PING)
+    await line.until(lambda received: received.endswith(WS_PONG))
+    return line
+
+
+WS_PING, WS_PONG = ws_text({}, opcode=0x89), b"\x8a\x00"
+
+
+if __name__ == "__main__":
+    open_forever()
