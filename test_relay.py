@@ -2595,6 +2595,27 @@ def test_a_connection_that_comes_as_the_server_stops_ends_nothing(relay: Relay, 
         assert (thread.is_alive(), failures) == (False, [])
 
 
+@pytest.mark.parametrize("request_of", [check, send])
+def test_the_last_reply_arrives_although_more_was_sent(
+        clock: FakeClock, alice: Owner, request_of: Callable[[Owner], dict[str, Any]]) -> None:
+    with limited(clock) as server:
+        octets = http_request(json.dumps(request_of(alice)).encode()) + b"\r\n" * 45_000  # nobody reads so much
+        for _ in range(10):
+            with socket.create_connection(("127.0.0.1", server.server_port), SLOWLY) as client:
+                client.sendall(octets)
+                assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.slow
+def test_who_asks_again_and_again_and_reads_nothing_is_timed_out(clock: FakeClock, alice: Owner) -> None:
+    with limited(clock, idle_timeout_s=1) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        client.connect(("127.0.0.1", server.server_port))
+        client.sendall(lasting(send(alice)) + b"GET / HTTP/1.1\r\n\r\n" * 2_500)
+        assert eventually(lambda: b"\nconnectoid_connections 1\n" in exchange(  # the one that asks for this
+            server.server_port, http_request(b"", method="GET", path="/metrics")))
+
+
 def raised_by(call: Callable[[], object]) -> list[BaseException]:
     """Return what a call raises."""
     try:
