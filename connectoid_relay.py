@@ -107,8 +107,9 @@ SWEEP_PAUSE_S = 0.001  # between two steps when there is more
 SWEEP_RETRY_S = 5.0  # after a failure
 POOL_THREADS = 16  # do what waits for the disk or a seal; so many sends share a commit
 LISTEN_BACKLOG = 4_096  # connections that the kernel holds for us: who finds no place tries again after a second
-ACCEPT_BATCH = 64  # connections taken in one turn of the loop
-DATAGRAM_BATCH = 256  # and datagrams: a few milliseconds, about as much as the connections may take
+ACCEPT_BATCH = 64  # connections taken at a time; after so many events of others it is their turn again
+DATAGRAM_BATCH = 256  # datagrams taken at a time: a few milliseconds, about as much as the connections may take
+MSG_MORE = getattr(socket, "MSG_MORE", 0)  # Linux: more follows soon, so that it can share a packet
 SEND_BUFFER_BYTES = 64 * 1024  # asked of the kernel: a client who does not read may else take 4 MB of it
 RECV_BYTES = 64 * 1024  # read from a connection in one turn of the loop
 TLS_TURN_BYTES = 4 * 1024  # given to OpenSSL in one turn of the loop: a few milliseconds at worst
@@ -270,7 +271,8 @@ def parse_json(body: bytes) -> object:
         if end < len(text):
             raise ValueError("more than one value")
         if _SURROGATE_ESCAPE.search(body):  # the only way to a lone surrogate, which UTF-8 cannot hold
-            json.dumps(request, ensure_ascii=False).encode("utf-8")
+            everything = json.loads(text, object_pairs_hook=list)  # also what another member of the name replaces
+            json.dumps(everything, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         raise Refusal(BAD_REQUEST, "The body is not JSON in UTF-8.") from None
     return request
@@ -937,15 +939,16 @@ class SqliteStore:
 
     def _read(self, sql: str, *values: Any) -> list[Any]:
         try:
+            if snapshot := self._of_thread.snapshot:
+                return snapshot.execute(sql, values).fetchall()
             if self._in_memory:  # a second connection would see another memory
                 with self._lock:
                     return self._db.execute(sql, values).fetchall()
-            db = self._of_thread.snapshot or self._take_reader()
+            db = self._take_reader()
             try:
                 return db.execute(sql, values).fetchall()
             finally:
-                if db is not self._of_thread.snapshot:
-                    self._return_reader(db)
+                self._return_reader(db)
         except sqlite3.Error as error:
             raise self._explain(error) from error
 
@@ -1777,6 +1780,13 @@ class Relay:
         return Refusal(FULL, "The box is full.", retry_s)
 
     # For the fronts
+
+    def snapshot(self) -> contextlib.AbstractContextManager[None]:
+        """Have many checks see one state of the store, in a `with` in which nobody is told that a message is kept."""
+        try:
+            return self.store.snapshot()
+        except StoreError:  # each check will say so
+            return contextlib.nullcontext()
 
     def arrivals(self, after_us: int) -> tuple[int, set[bytes]]:
         """Return the newest `at` and the boxes that got messages since; nothing if that fails."""
@@ -2624,8 +2634,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
         if self._stopping:  # since this turn began
             return
         try:
-            for _ in range(ACCEPT_BATCH):
-                self.process_request(*self.socket.accept())
+            with self.relay.snapshot():
+                for _ in range(ACCEPT_BATCH):
+                    self.process_request(*self.socket.accept())
         except BlockingIOError:
             pass
         except OSError:  # out of files: until the next tick somebody may have gone
@@ -2878,7 +2889,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def _push(self, client: _Client, octets: bytes | memoryview, last: bool) -> bytes | memoryview:
         """Send what the kernel takes now and return the rest; with the last of all goes the end, in one packet."""
         try:
-            return octets[client.socket.send(octets, socket.MSG_MORE if last else 0):]
+            return octets[client.socket.send(octets, MSG_MORE if last else 0):]
         except BlockingIOError:
             return octets
 
@@ -2931,7 +2942,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def _answer_datagrams(self, udp: socket.socket) -> None:
         counted: collections.Counter[str] = collections.Counter()
         # OSError: there are no more, or one cannot be answered.
-        with contextlib.suppress(OSError), self.relay.store.snapshot():
+        with contextlib.suppress(OSError), self.relay.snapshot():
             for _ in range(DATAGRAM_BATCH):
                 datagram, address = udp.recvfrom(MAX_DATAGRAM_BYTES + 1)
                 kind, reply = self._answer_datagram(datagram, *address[:2])

@@ -31,7 +31,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -68,7 +68,6 @@ from conftest import (
     serving,
 )
 from connectoid_relay import (
-    BAD_REQUEST,
     CONTEXTS,
     DAY_US,
     ERRORS,
@@ -90,7 +89,6 @@ from connectoid_relay import (
     SOURCE_SHARE,
     YEAR_2200_US,
     Clock,
-    Head,
     Limits,
     Look,
     Message,
@@ -111,11 +109,8 @@ from connectoid_relay import (
     build_parser,
     encode_base64url,
     flag_of,
-    parse_head,
-    parse_json,
     read_access,
     source_of,
-    take_head,
 )
 
 # ---------------------------------------------------------------------------------------
@@ -420,7 +415,10 @@ def test_snapshot_shows_one_state_to_this_thread_alone(folder: Path) -> None:
         with concurrent.futures.ThreadPoolExecutor(1) as another:
             assert another.submit(store.look, box_of(0), 0, NOW_US).result() == Look(True, None)
     assert store.look(box_of(0), 0, NOW_US) == Look(True, None)
-    store.close()
+    with store.snapshot():
+        store.close()
+    with store.snapshot(), pytest.raises(StoreError):
+        store.look(box_of(0), 0, NOW_US)
 
 
 def test_box_row_ends_at_its_microsecond_and_leaves_its_place_after_a_sweep(store: Store) -> None:
@@ -2606,6 +2604,33 @@ def test_the_last_reply_arrives_although_more_was_sent(
                 assert client.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
+def test_the_last_reply_arrives_although_an_empty_line_came_meanwhile(clock: FakeClock, alice: Owner) -> None:
+    store = StuckStore()  # old clients send one behind a body
+    with (limited(clock, store) as server,
+          socket.create_connection(("127.0.0.1", server.server_port), SLOWLY) as client):
+        client.sendall(http_request(json.dumps(send(alice)).encode()))
+        assert store.stuck.acquire(timeout=SLOWLY)
+        client.sendall(b"\r\n")
+        store.free.set()
+        assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_the_queue_has_a_bound_for_however_many_sources(clock: FakeClock, alice: Owner) -> None:
+    store, queued = StuckStore(), 4
+    with limited(clock, store, max_queued=queued) as server, contextlib.ExitStack() as held:
+        for number in range(POOL_THREADS + 3 * queued):
+            client = held.enter_context(socket.create_connection(
+                ("127.0.0.1", server.server_port), SLOWLY, (f"127.0.0.{2 + number}", 0)))
+            client.sendall(lasting(send(alice)))
+            if number < POOL_THREADS:
+                assert store.stuck.acquire(timeout=SLOWLY)
+            elif number >= POOL_THREADS + 2 * queued:
+                assert client.recv(100).startswith(b"HTTP/1.1 503 ")
+            else:
+                settle(server.server_port)
+        store.free.set()
+
+
 @pytest.mark.slow
 def test_who_asks_again_and_again_and_reads_nothing_is_timed_out(clock: FakeClock, alice: Owner) -> None:
     with limited(clock, idle_timeout_s=1) as server, socket.socket() as client:
@@ -3060,108 +3085,6 @@ def test_a_datagram_has_a_largest_size(udp_port: int, alice: Owner, size: int, r
 def test_two_connection_headers_count_both(port: int) -> None:
     request = http_request(b"", "Connection: keep-alive", method="GET", path="/health")
     assert parse_response(exchange(port, request))[1]["connection"] == "close"
-
-
-# Whatever comes --------------------------------------------------------------------------
-
-HTTP_PIECES = (b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b"HTTP/1.0", b"http://a", b"?",
-               b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Expect: 100-continue\r\n", b"0" * 9)
-HTTP_ORIGINALS = (lasting(), lasting({"pub": "A"}), raw(b"A: b", first=b"HEAD http://relay/health?a HTTP/1.0"))
-JSON_PIECES = (b'"', b"{", b"[", b"}", b"]", b",", b":", b"\\ud800", b"\\ude00", b"\xed\xa0\x80", b"NaN", b"-Infinity",
-               b"1e999", b"9" * 5_000, b"[" * 5_000, b"\xff", b"null", b"true", b"\xef\xbb\xbf", b'"id":', b'"at":')
-JSON_ORIGINALS = tuple(json.dumps(request).encode() for request in (
-    check(Owner(1), at=7, wait=1, ext="\u00e9", id="a"), send(Owner(1)), [check(Owner(1))], "\u20ac", 0))
-
-
-@st.composite
-def mutated(draw: st.DrawFn, originals: Iterable[bytes], pieces: Iterable[bytes]) -> bytes:
-    """Draw bytes at random, or an original with some parts replaced."""
-    octets = bytearray(draw(st.one_of(st.sampled_from(tuple(originals)), st.binary(max_size=200))))
-    for _ in range(draw(st.integers(0, 4))):
-        start = draw(st.integers(0, len(octets)))
-        octets[start:start + draw(st.integers(0, 4))] = draw(
-            st.one_of(st.sampled_from(tuple(pieces)), st.binary(max_size=4)))
-    return bytes(octets)
-
-
-WHATEVER_COMES = settings(
-    max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def head_in_pieces(octets: bytes, piece: int) -> Head | str | None:
-    """Return the head, or None, or the error, when bytes come in pieces."""
-    incoming = bytearray()
-    try:
-        for start in range(0, len(octets), piece):
-            incoming += octets[start:start + piece]
-            if head := take_head(incoming, Limits()):
-                assert octets[:start + piece].endswith(b"\r\n\r\n" + incoming)  # just the head was removed
-                return head
-    except Refusal as refusal:
-        return refusal.error.text
-    return None
-
-
-@WHATEVER_COMES
-@given(mutated(HTTP_ORIGINALS, HTTP_PIECES), st.integers(1, 50))
-def test_any_bytes_are_a_head_or_refused_however_they_come(octets: bytes, piece: int) -> None:
-    head = head_in_pieces(octets, max(1, len(octets)))
-    assert head_in_pieces(octets, piece) == head
-    if not isinstance(head, Head):
-        assert head in (None, "Bad request", "Too big")
-        return
-    assert [type(value) for value in head] == [str, str, int, bool, bool, bool, str]
-    assert 0 <= head.length <= 999_999_999
-    taken = octets[:octets.index(b"\r\n\r\n") + 4]
-    assert parse_head(taken) == head
-    # Nothing is accepted that another reader of HTTP may take to be something else.
-    assert re.search(rb"\0|(?<!\r)\n|\r(?!\n)|\n[ \t]|\n[^\r:]*[ \t]:|\ntransfer-encoding:", taken.lower()) is None
-    assert len(re.findall(rb"\ncontent-length:", taken.lower())) <= 1
-
-
-def outcome_of(reader: Callable[[bytes], object], octets: bytes) -> object:
-    """Return what a reader makes of bytes, or the error."""
-    try:
-        return reader(octets)
-    except Refusal as refusal:
-        return refusal.error
-
-
-@WHATEVER_COMES
-@given(mutated(HTTP_ORIGINALS, HTTP_PIECES))
-def test_any_bytes_are_a_whole_head_or_a_bad_request(octets: bytes) -> None:
-    head = outcome_of(parse_head, octets)
-    assert isinstance(head, Head) or head == BAD_REQUEST
-
-
-@pytest.mark.slow
-def test_the_fuzzer_finds_nothing() -> None:
-    finished = subprocess.run([sys.executable, ROOT / "bench" / "fuzz.py", "4", "--seed", "1"], check=False,
-                              capture_output=True, text=True)
-    assert (finished.returncode, finished.stderr) == (0, ""), finished.stdout
-    tried = re.fullmatch(r"seed 1: ([0-9,]+) inputs for each of .*: no promise broken\n", finished.stdout)
-    assert tried
-    assert int(tried[1].replace(",", "")) > 100
-
-
-@WHATEVER_COMES
-@given(mutated(JSON_ORIGINALS, JSON_PIECES))
-def test_any_bytes_are_json_or_a_bad_request(octets: bytes) -> None:
-    parsed = outcome_of(parse_json, octets)
-    if parsed != BAD_REQUEST:
-        assert isinstance(parsed, dict | list | str | int | float | None)
-        json.dumps(parsed, ensure_ascii=False, allow_nan=False).encode("utf-8")  # can be handed on
-
-
-@WHATEVER_COMES
-@given(octets=mutated(JSON_ORIGINALS, JSON_PIECES))
-def test_any_datagram_gets_a_short_reply_or_none(relay: Relay, octets: bytes) -> None:
-    reply = answer_datagram(relay, octets)
-    if reply is not None:
-        assert len(reply) <= len(octets)
-        parsed = json.loads(reply)
-        assert {**parsed, "id": ""} == {**NOTHING, "id": ""}
-        assert re.fullmatch("[A-Za-z0-9_-]{1,16}", parsed.get("id", "none"))
 
 
 PROGRAM = "connectoid_relay.py"

@@ -375,11 +375,11 @@ def day_cpu_s(rounds: list[Round], peer: Peer) -> float | None:
 
 
 def idle_cell(rounds: list[Round], peer: Peer) -> str:
-    """Return the memory of an idle client in words."""
+    """Return the memory of an idle client in words; who has no connection takes none, by definition."""
     kib = figure(rounds, f"idle.{peer.name}.kib")
     if peer.ping or not peer.meet:
         return "" if kib is None else f"{kib:.1f}"
-    return "0" if kib is None else f"0 ({peer.parked_words}: {kib:.1f})"
+    return "no connection" if kib is None else f"no connection ({peer.parked_words}: {kib:.1f})"
 
 
 def describe_servers(rounds: list[Round], peers: Sequence[Peer]) -> Iterator[str]:

@@ -178,4 +178,6 @@ def echo(port: int) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "echo":
+        sys.exit(__doc__)
     echo(int(sys.argv[2]))

@@ -1,10 +1,8 @@
-"""Print how long fresh checks take while many clients hold half a request open.
-
-Usage: python bench/parked.py [CLIENTS] [CHECKS]   (default: 600 and 500)
-"""
+"""Print how long fresh checks take while many clients hold half a request open."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import socket
@@ -33,7 +31,10 @@ def check(port: int) -> float:
 
 def main() -> None:
     """Measure with and without the half requests, and print both."""
-    clients, checks = (int(text) for text in (sys.argv[1:] + ["600", "500"][len(sys.argv) - 1:])[:2])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("clients", type=int, nargs="?", default=600, help="(default: %(default)s)")
+    parser.add_argument("checks", type=int, nargs="?", default=500, help="(default: %(default)s)")
+    clients, checks = vars(parser.parse_args()).values()
     command = [sys.executable, str(RELAY), "--port", "0", "--rate", "0", "--max-connections-per-source", "0"]
     with (tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as held,
           subprocess.Popen(command, cwd=directory, stderr=subprocess.PIPE, text=True) as process):

@@ -1,10 +1,8 @@
-"""Print how long the relay takes from its start to its first answer, and its memory then.
-
-Usage: python bench/start.py [RUNS]   (default: 5; the median counts, the machine is yours)
-"""
+"""Print how long the relay takes from its start to its first answer, and its memory then."""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 import subprocess
@@ -35,7 +33,9 @@ def start_once() -> tuple[float, int]:
 
 def main() -> None:
     """Print the median, the minimum and the maximum of some runs."""
-    runs = [start_once() for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 5)]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=int, nargs="?", default=5, help="(default: %(default)s)")
+    runs = [start_once() for _ in range(parser.parse_args().runs)]
     seconds, kib = zip(*runs, strict=True)
     print(f"Python {platform.python_version()}, {platform.machine()}, {len(runs)} runs: median (min to max)")
     print(f"start to first answer  {statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f})")

@@ -41,5 +41,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not sys.argv[1].isdigit():
+        sys.exit(f"usage: {sys.argv[0]} PORT")
     with Server(("127.0.0.1", int(sys.argv[1])), Handler) as server:
         server.serve_forever()
