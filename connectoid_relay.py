@@ -1970,8 +1970,8 @@ def parse_head(octets: bytes) -> Head:
         raise Refusal(BAD_REQUEST, "This is not HTTP/1.1.")
     headers: dict[bytes, bytes] = {}
     for name, value in _USED_FIELD.findall(octets):
-        before, text = headers.get(name.lower()), value.strip(b" \t")
-        headers[name.lower()] = text if before is None else before + b"," + text  # RFC 9110, section 5.3
+        key, text = name.lower(), value.strip(b" \t")
+        headers[key] = headers[key] + b"," + text if key in headers else text  # RFC 9110, section 5.3
     if b"transfer-encoding" in headers:
         raise Refusal(BAD_REQUEST, "Send a Content-Length; Transfer-Encoding is not taken.")
     length = headers.get(b"content-length", b"0")
