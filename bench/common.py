@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import datetime
 import importlib.util
 import json
 import os
@@ -28,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 RELAY = Path(os.environ.get("CONNECTOID_RELAY") or Path(__file__).parent.parent / "connectoid_relay.py")
+HOST = "127.0.0.1"
 DATA = "QUJD" * 625  # 2,500 characters: a sealed message of the usual size
 LATER_AT = 2**53  # `at` of a check that finds nothing, whatever comes
 READY_S = 20.0  # in which a relay must have started, however busy the machine is
@@ -52,16 +54,19 @@ def pin(core: int, pid: int = 0) -> None:
 def machine() -> str:
     """Return one line on where the figures come from."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))
-    return (f"Python {platform.python_version()}, Linux {platform.release().partition('-')[0]} {platform.machine()},"
-            f" {cpu[1] if cpu else 'unknown CPU'}, {len(_CORES)} cores: one for the relay, one for the load")
+    use = "one for the server, one for the load" if len(_CORES) > 1 else "for server and load"
+    return (f"{cpu[1] if cpu else platform.machine()}, {len(_CORES)} cores ({use}), Linux"
+            f" {platform.release().partition('-')[0]}, Python {platform.python_version()},"
+            f" {datetime.datetime.now(datetime.UTC):%Y-%m-%d}")
 
 
 def family(pid: int) -> list[int]:
     """Return a process and all that came of it."""
     pids = [pid]
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text("ascii").split():
-            pids += family(int(child))
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # of a thread that has just ended
+            for child in children.read_text("ascii").split():
+                pids += family(int(child))
     return pids
 
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
 import json
 import os
-import platform
-import re
 import signal
 import socket
 import statistics
@@ -26,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import clients
+import common
 import picture
 from load import Figures, Generator, Kind
 from servers import PEERS, Meeting, Peer, Running, free_port, running
@@ -61,9 +59,8 @@ Round = dict[str, float]
 class Bench:
     """The servers that run, and how they are loaded."""
 
-    def __init__(self, arguments: argparse.Namespace, generator: Generator, cores: tuple[int, int]) -> None:
+    def __init__(self, arguments: argparse.Namespace, generator: Generator) -> None:
         self.arguments, self.generator = arguments, generator
-        self.server_core, self.load_core = cores
         self.servers: dict[str, Running] = {}
         self.kinds: dict[tuple[str, str], Kind] = {}
 
@@ -71,13 +68,13 @@ class Bench:
               kind: socket.SocketKind = socket.SOCK_STREAM) -> Running:
         """Start a server until the stack is left."""
         directory = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        return stack.enter_context(running(command, port, Path(directory), self.server_core, kind))
+        return stack.enter_context(running(command, port, Path(directory), kind))
 
     def start_peer(self, peer: Peer, stack: contextlib.ExitStack) -> Running | None:
         """Start a server of the table; return None if it is not installed."""
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         command = peer.command(port := free_port(), directory)
-        return stack.enter_context(running(command, port, directory, self.server_core)) if command else None
+        return stack.enter_context(running(command, port, directory)) if command else None
 
     def load(self, mode: str, server: Running, *kinds: Kind) -> tuple[Figures, float]:
         """Return what the generator counted, and the CPU seconds of the server."""
@@ -195,23 +192,23 @@ def measure_seals(bench: Bench) -> Round:
     Cores share caches, heat and often more than that: a seal costs up to a third more while the other core works,
     as it does when all the rest is measured.
     """
-    alone_ms = _seal_ms(bench)
+    alone_ms = _seal_ms()
     with subprocess.Popen([sys.executable, clients.__file__]) as busy:  # it is where we are: on the core of the load
         try:
             time.sleep(SETTLE_S)
-            return {"seal.alone_ms": alone_ms, "seal.cpu_ms": _seal_ms(bench)}
+            return {"seal.alone_ms": alone_ms, "seal.cpu_ms": _seal_ms()}
         finally:
             busy.kill()
 
 
-def _seal_ms(bench: Bench) -> float:
+def _seal_ms() -> float:
     keys = [clients.make_owner().key.public_key() for _ in range(SEALS)]
-    os.sched_setaffinity(0, {bench.server_core})
+    common.pin(common.SERVER_CORE)
     started_s = time.process_time()
     for key in keys:
-        clients.SUITE.encrypt(b"a" * 43, key, info=clients.QUESTION_INFO)
+        common.SUITE.encrypt(b"a" * 43, key, info=common.QUESTION_INFO)
     cpu_s = time.process_time() - started_s
-    os.sched_setaffinity(0, {bench.load_core})
+    common.pin(common.LOAD_CORE)
     return 1e3 * cpu_s / SEALS
 
 
@@ -417,7 +414,7 @@ def describe_udp(rounds: list[Round], generator: Generator) -> Iterator[str]:
 def describe_meaning(peers: Sequence[Peer], arguments: argparse.Namespace) -> Iterator[str]:
     """Yield in words what was asked of each server."""
     yield (f"CPU is that of the server with all its processes, on one core. {arguments.width} requests at a time,"
-           f" {TALKS_AT_A_TIME} rendezvous; messages of {len(clients.DATA):,} bytes. A day is computed from the other"
+           f" {TALKS_AT_A_TIME} rendezvous; messages of {len(common.DATA):,} bytes. A day is computed from the other"
            f" figures: {MEETINGS_PER_DAY} rendezvous, and {CHECKS_PER_DAY:,} checks or the keep-alives. In brackets:"
            " least and most of the rounds.\n")
     for peer in peers:
@@ -442,14 +439,6 @@ def describe_limit(rounds: list[Round], generator: Generator) -> Iterator[str]:
     if busy and per_s:
         yield (f"The relay's core was busy for {busy:.0%} of the time with {per_s:.0f} rendezvous/s; the clients' core"
                " opens two questions for each.")
-
-
-def describe_machine(cores: tuple[int, int]) -> str:
-    """Return what this ran on, and when."""
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    here = "the same core for server and load" if cores[0] == cores[1] else "one for the server, one for the load"
-    return (f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores ({here}), Linux {platform.release()},"
-            f" Python {platform.python_version()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}")
 
 
 def warn_of_others(load: float) -> None:
@@ -496,12 +485,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose_cores() -> tuple[int, int]:
-    """Return the cores of server and load: two if we may use two."""
-    cores = sorted(os.sched_getaffinity(0))
-    return cores[0], cores[min(1, len(cores) - 1)]
-
-
 def start_all(bench: Bench, parts: list[str], stack: contextlib.ExitStack) -> list[Peer]:
     """Start the servers that are wanted and there; say which are skipped."""
     started = []
@@ -539,7 +522,7 @@ def measure_all(bench: Bench, peers: list[Peer], parts: list[str]) -> list[Round
 
 def describe(bench: Bench, peers: list[Peer], rounds: list[Round]) -> Iterator[str]:
     """Yield all that is to be said, in Markdown."""
-    yield describe_machine((bench.server_core, bench.load_core)) + f", {len(rounds)} rounds\n"
+    yield common.machine() + f", {len(rounds)} rounds\n"
     yield from describe_ratios(rounds, QUICK_RATIOS if bench.arguments.quick else RATIOS)
     seal = shown(rounds, "seal.cpu_ms", ".2f")
     yield (f"\nA seal to a P-384 key costs {seal} ms while the other core is busy, as it is in a rendezvous;"
@@ -563,8 +546,8 @@ def compare(arguments: argparse.Namespace) -> None:
         generator = Generator(directory, arguments.width, compile_it=not arguments.quick)
         if not (generator.program or arguments.quick):
             print("skipped: load.c: no C compiler (apt-get install gcc libc6-dev); the load is Python's")
-        bench = Bench(arguments, generator, cores := choose_cores())
-        os.sched_setaffinity(0, {cores[1]})
+        bench = Bench(arguments, generator)
+        common.pin(common.LOAD_CORE)
         peers = start_all(bench, parts, stack)
         rounds = measure_all(bench, peers, parts)
         told = "\n".join(describe(bench, peers, rounds))

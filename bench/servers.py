@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import clients
+import common
 
 import connectoid_relay
 
@@ -41,42 +42,32 @@ class Running:
     def __init__(self, popen: subprocess.Popen[bytes], port: int) -> None:
         self.popen, self.port = popen, port
 
-    def pids(self) -> list[int]:
-        """Return the process and those that it started."""
-        found = [self.popen.pid]
-        for pid in found:  # grows while it is walked
-            for children in Path(f"/proc/{pid}/task").glob("*/children"):
-                with contextlib.suppress(OSError):  # of a thread that has ended meanwhile
-                    found += map(int, children.read_text("ascii").split())
-        return found
-
     def cpu_s(self) -> float:
-        """Return the seconds of CPU used so far: clock_gettime(2) of each process, to the nanosecond."""
-        return sum(time.clock_gettime(~pid << 3 | 2) for pid in self.pids())
+        """Return the seconds of CPU used so far, by its children too."""
+        return common.cpu_s(self.popen.pid)
 
     def resident_kib(self) -> int:
-        """Return the resident memory of all of them."""
-        return sum(int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0])
-                   for pid in self.pids())
+        """Return the resident memory, of its children too."""
+        return common.memory_kib(self.popen.pid)
 
 
 def free_port() -> int:
     """Return a port that nobody listens on."""
     with socket.socket() as probe:
-        probe.bind((clients.HOST, 0))
+        probe.bind((common.HOST, 0))
         return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
-def running(command: list[str], port: int, directory: Path, core: int,
+def running(command: list[str], port: int, directory: Path,
             kind: socket.SocketKind = socket.SOCK_STREAM) -> Iterator[Running]:
-    """Start a server in a folder of its own, and end it whatever happens; raise OSError if it does not start."""
+    """Start a server in a folder of its own and on its core, and end it whatever happens; raise OSError if it fails."""
     with ((directory / "log").open("wb") as log,
           # In a session of its own: Ctrl-C is for us, and we end it.
           subprocess.Popen(command, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                            start_new_session=True) as popen):
         try:
-            os.sched_setaffinity(popen.pid, {core})
+            common.pin(common.SERVER_CORE, popen.pid)
             if not _is_ready(popen, port, kind):
                 words = (directory / "log").read_text(errors="replace").strip()[-300:]
                 raise OSError(f"it does not answer; it said: {words or 'nothing'}")
@@ -88,7 +79,7 @@ def running(command: list[str], port: int, directory: Path, core: int,
 def _knock(port: int, kind: socket.SocketKind) -> None:
     with socket.socket(socket.AF_INET, kind) as probe:
         probe.settimeout(1)
-        probe.connect((clients.HOST, port))
+        probe.connect((common.HOST, port))
         if kind is socket.SOCK_DGRAM:
             probe.send(b"?")
             probe.recv(RECV_BYTES)
@@ -148,7 +139,8 @@ max_queued_messages 10000
 """
 
 
-def _command_of(program: str, *arguments: str) -> list[str] | None:
+def command_of(program: str, *arguments: str) -> list[str] | None:
+    """Return the command of a program, None if it is not installed."""
     # Debian keeps servers where the path of an ordinary user does not lead.
     found = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
     return [found, *arguments] if found else None
@@ -156,13 +148,13 @@ def _command_of(program: str, *arguments: str) -> list[str] | None:
 
 def start_relay(port: int, directory: Path) -> list[str]:
     """Return the command of our relay, default but for the limits of one source."""
-    return [sys.executable, str(RELAY), "--host", clients.HOST, "--port", str(port), "--udp", *RELAY_FLAGS]
+    return [sys.executable, str(RELAY), "--host", common.HOST, "--port", str(port), "--udp", *RELAY_FLAGS]
 
 
 def start_nginx(port: int, directory: Path) -> list[str] | None:
     """Return the command of nginx with one worker and a constant reply."""
     (directory / "nginx.conf").write_text(NGINX_FILE.format(port=port))
-    return _command_of("nginx", "-p", str(directory), "-c", str(directory / "nginx.conf"), "-e", "stderr")
+    return command_of("nginx", "-p", str(directory), "-c", str(directory / "nginx.conf"), "-e", "stderr")
 
 
 def start_stock(port: int, directory: Path) -> list[str]:
@@ -189,14 +181,14 @@ def start_peerjs(port: int, directory: Path) -> list[str] | None:
     if package is None:
         return None
     program = json.loads((package / "package.json").read_text())["bin"]["peerjs"]
-    return _command_of("node", str(package / program), "--port", str(port), "--host", clients.HOST)
+    return command_of("node", str(package / program), "--port", str(port), "--host", common.HOST)
 
 
 def start_mailbox(port: int, directory: Path) -> list[str] | None:
     """Return the command of magic-wormhole's mailbox server."""
     if importlib.util.find_spec("wormhole_mailbox_server") is None:
         return None
-    return [sys.executable, "-m", "twisted", "wormhole-mailbox", f"--port=tcp:{port}:interface={clients.HOST}",
+    return [sys.executable, "-m", "twisted", "wormhole-mailbox", f"--port=tcp:{port}:interface={common.HOST}",
             "--channel-db=channels.sqlite", "--usage-db=usage.sqlite"]
 
 
@@ -204,17 +196,17 @@ def start_mosquitto(port: int, directory: Path) -> list[str] | None:
     """Return the command of Mosquitto."""
     (directory / "mosquitto.conf").write_text(MOSQUITTO_FILE.format(port=port, directory=directory))
     directory.chmod(0o777)  # as root it becomes a user of its own
-    return _command_of("mosquitto", "-c", str(directory / "mosquitto.conf"))
+    return command_of("mosquitto", "-c", str(directory / "mosquitto.conf"))
 
 
 def start_redis(port: int, directory: Path) -> list[str] | None:
     """Return the command of Redis, with its log of commands written every second."""
-    return _command_of("redis-server", "--port", str(port), "--bind", clients.HOST, "--dir", str(directory),
+    return command_of("redis-server", "--port", str(port), "--bind", common.HOST, "--dir", str(directory),
                        "--appendonly", "yes", "--appendfsync", "everysec", "--save", "")
 
 
 def _said(*command: str) -> str:
-    said = subprocess.run(_command_of(*command) or command, capture_output=True, text=True, check=False)
+    said = subprocess.run(command_of(*command) or command, capture_output=True, text=True, check=False)
     found = re.search(r"\d+\.\d+[.\d]*", said.stdout + said.stderr)
     return found[0] if found else "of unknown version"
 
