@@ -1097,6 +1097,8 @@ class Contact:
             raise Refused("proof")
 
     def _check_welcome(self, message: Message, own: Own) -> None:
+        if message.hash == self.kept.welcome_hash:
+            raise Refused("replay")  # the copy in another mailbox
         if self.kept.role != "opener" or not self.kept.invitation:
             raise Refused("unexpected")
         h = parse_invitation(self.kept.invitation, allow_http=True).commitment
