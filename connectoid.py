@@ -28,18 +28,31 @@ __all__ = [
     "parse_invitation", "prove", "read_jws", "read_link", "seal_message", "sign_jws",
 ]
 
+import asyncio
 import base64
 import collections
+import contextlib
+import fcntl
 import functools
 import hashlib
 import hmac
+import http.client
+import importlib
 import json
+import logging
 import math
+import os
+import queue
 import re
 import secrets
+import socket
+import sqlite3
 import sys
+import threading
+import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias
 
@@ -47,6 +60,8 @@ try:
     from cryptography.exceptions import InvalidSignature, InvalidTag
     from cryptography.hazmat.primitives import hashes, hpke
     from cryptography.hazmat.primitives.asymmetric import ec, utils
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 except ImportError:
     NEEDS = "Connectoid needs the package cryptography 47 or newer: pip install 'cryptography>=47'"
@@ -310,6 +325,7 @@ CONTEXTS = {
     "message": b"connectoid/1 message",
     "channel": b"connectoid/1 channel",
     "emoji": b"connectoid/1 emoji",
+    "store": b"connectoid/1 store",
 }
 
 
@@ -411,6 +427,11 @@ def hash_commitment(signer: str, r: str) -> bytes:
 def prove(secret: bytes, jws: str) -> str:
     """Return a hello's fourth part, which proves that its sender has the link."""
     return encode_base64url(hmac.digest(secret, jws.encode("ascii"), "sha256"))
+
+
+def hash_link(invitation: str) -> str:
+    """Return what stays of an invitation: enough to know a link that was opened before."""
+    return encode_base64url(hashlib.sha256(invitation.encode("ascii", "replace")).digest())
 
 
 def hash_jws(jws: str) -> str:
@@ -607,6 +628,7 @@ class Kept:
     signer: str  # its public key
     expires_us: int  # of the invitation, or of the tombstone
     invitation: str = field(repr=False)
+    link_hash: str  # of the invitation, which goes sooner
     hello: str = field(default="", repr=False)  # the opener's, with its proof
     hello_hash: str = ""  # of the one that counts
     welcome: str = field(default="", repr=False)  # the inviter's
@@ -868,7 +890,7 @@ class Contact:
         fourth = encode_base64url(suite.random(SECRET_BYTES) + hash_commitment(signer, r))
         invitation = f"{invited.address}{'.' if relays[-1][1] is not None else '..'}{fourth}"
         kept = Kept("inviter", "invited", name, relays, private_key, signer, now.wall_us + lifetime_us, invitation,
-                    r=r, invited=invited)
+                    hash_link(invitation), r=r, invited=invited)
         contact = cls(suite, kept, allow_http=allow_http)
         contact._fast_until_s = now.monotonic_s + POLL_FAST_FOR_S
         contact._note_new(invited, now)
@@ -891,7 +913,7 @@ class Contact:
         relays = tuple(relays) or tuple((mailbox.url, mailbox.ext) for mailbox in mailboxes)
         private_key, signer = suite.make_key()
         kept = Kept("opener", "opened", name, relays, private_key, signer, now.wall_us + INVITATION_US,
-                    invitation.text, current=_make_own(suite, relays, allow_http),
+                    invitation.text, hash_link(invitation.text), current=_make_own(suite, relays, allow_http),
                     contact_address=invitation.address)
         contact = cls(suite, kept, allow_http=allow_http)
         return contact, [Save(kept), *contact.connect(now)]
@@ -1462,3 +1484,1059 @@ def _make_own(suite: Suite, relays: Sequence[tuple[str, str | None]], allow_http
     except Refused as error:
         raise UsageError(f"These relays make no address: {error}.") from None
     return Own(address, tuple(key for key, _ in keys))
+
+
+# ---------------------------------------------------------------------------------------
+# The store: one SQLite file with a record for each contact, readable by its owner alone.
+# ---------------------------------------------------------------------------------------
+
+APPLICATION_ID = 0x436F6E6E  # "Conn": which program a SQLite file belongs to
+STORE_VERSION = 1
+STORE_BUSY_S = 5.0  # for another process that reads
+SCRYPT = {"n": 2**15, "r": 8, "p": 1}  # 32 MiB and about 0.1 s for each guess of a passphrase
+EXPORT_MARK = b"connectoid/1 export\n"
+SALT_BYTES, NONCE_BYTES, FILE_KEY_BYTES = 16, 12, 32
+
+
+class StoreError(ConnectoidError):
+    """The store cannot be used; its text says why, and what to do."""
+
+
+class Store:
+    """Keep contacts in a file of mode 0600; with a passphrase they are encrypted (AES-256-GCM under scrypt).
+
+    One process may run contacts (`lock`), others may read. Raises StoreError for a file that is
+    damaged, another program's, in use, or not to be opened with this passphrase; it never writes to such a file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], passphrase: str | None = None, *, lock: bool = True) -> None:
+        self.path = os.fspath(path)
+        self._lock_fd = self._take_lock() if lock and self.path != ":memory:" else None
+        try:
+            if self.path != ":memory:":
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+                os.chmod(self.path, 0o600)
+            self._db = sqlite3.connect(self.path, STORE_BUSY_S, isolation_level=None, check_same_thread=False)
+            self._cipher = self._prepare(passphrase)
+        except (OSError, sqlite3.Error) as error:
+            self.close()
+            raise StoreError(f"The store {self.path} cannot be opened: {error}.") from None
+        except StoreError:
+            self.close()
+            raise
+
+    def _take_lock(self) -> int:
+        try:
+            lock_fd = os.open(f"{self.path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock_fd)
+            raise StoreError(f"Another program is using {self.path}: end it first.") from None
+        except OSError as error:
+            raise StoreError(f"The store {self.path} cannot be opened: {error}.") from None
+        return lock_fd
+
+    def _prepare(self, passphrase: str | None) -> AESGCM | None:
+        (application_id,), (version,) = (self._db.execute(f"PRAGMA {name}").fetchone()
+                                         for name in ("application_id", "user_version"))
+        if (application_id, version) == (0, 0) and not self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            self._create(passphrase)
+        elif application_id != APPLICATION_ID:
+            raise StoreError(f"{self.path} is not a store of Connectoid; choose another file.")
+        elif version != STORE_VERSION:
+            raise StoreError(f"{self.path} is of version {version}; this is version {STORE_VERSION} of Connectoid.")
+        self._db.execute("PRAGMA synchronous = EXTRA")
+        self._db.execute("PRAGMA secure_delete = ON")
+        return self._unlock(passphrase)
+
+    def _create(self, passphrase: str | None) -> None:
+        salt = secrets.token_bytes(SALT_BYTES) if passphrase is not None else b""
+        check = _encrypt(_cipher(passphrase, salt), b"", b"check") if passphrase is not None else b""
+        self._db.executescript(
+            f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {STORE_VERSION};"
+            "CREATE TABLE protection (salt BLOB NOT NULL, checked BLOB NOT NULL);"
+            "CREATE TABLE contacts (id INTEGER PRIMARY KEY AUTOINCREMENT, record BLOB NOT NULL); COMMIT")
+        self._db.execute("INSERT INTO protection VALUES (?, ?)", (salt, check))
+
+    def _unlock(self, passphrase: str | None) -> AESGCM | None:
+        salt, check = self._db.execute("SELECT salt, checked FROM protection").fetchone() or (b"", b"")
+        if not salt:
+            return None
+        if passphrase is None:
+            raise StoreError(f"{self.path} has a passphrase.")
+        cipher = _cipher(passphrase, salt)
+        try:
+            _decrypt(cipher, check, b"check")
+        except InvalidTag:
+            raise StoreError(f"This is not the passphrase of {self.path}.") from None
+        return cipher
+
+    def load(self) -> dict[int, Kept]:
+        """Return the records by their ids; raise StoreError, RecordError."""
+        try:
+            rows = self._db.execute("SELECT id, record FROM contacts ORDER BY id").fetchall()
+            return {number: Kept.from_json(self._open(number, record)) for number, record in rows}
+        except (sqlite3.Error, InvalidTag, UnicodeDecodeError) as error:
+            raise StoreError(f"The store {self.path} is damaged: {error or 'wrong tag'}.") from None
+
+    def add(self, kept: Kept) -> int:
+        """Keep a new record durably and return its id."""
+        with self._transaction():
+            number = int(self._db.execute("INSERT INTO contacts (record) VALUES (x'')").lastrowid or 0)
+            self._db.execute("UPDATE contacts SET record = ? WHERE id = ?", (self._seal(number, kept), number))
+        return number
+
+    def save(self, number: int, kept: Kept) -> None:
+        """Replace a record durably."""
+        with self._transaction():
+            self._db.execute("UPDATE contacts SET record = ? WHERE id = ?", (self._seal(number, kept), number))
+
+    def delete(self, number: int) -> None:
+        """Delete a record, and what the file still had of it."""
+        with self._transaction():
+            self._db.execute("DELETE FROM contacts WHERE id = ?", (number,))
+
+    def export(self, passphrase: str) -> bytes:
+        """Return all records under a passphrase, for another device; let only one of the two run from then on."""
+        salt = secrets.token_bytes(SALT_BYTES)
+        records = json.dumps([kept.to_json() for kept in self.load().values()]).encode("utf-8")
+        return EXPORT_MARK + salt + _encrypt(_cipher(passphrase, salt), records, b"export")
+
+    def import_(self, exported: bytes, passphrase: str) -> int:
+        """Add the records of an export that are not here yet; return how many, raise StoreError, RecordError."""
+        mark, salt, sealed = (exported[:len(EXPORT_MARK)], exported[len(EXPORT_MARK):len(EXPORT_MARK) + SALT_BYTES],
+                              exported[len(EXPORT_MARK) + SALT_BYTES:])
+        if mark != EXPORT_MARK:
+            raise StoreError("This is not an export of Connectoid.")
+        try:
+            records = json.loads(_decrypt(_cipher(passphrase, salt), sealed, b"export"))
+        except (InvalidTag, ValueError):
+            raise StoreError("The export is damaged, or this is not its passphrase.") from None
+        known = {kept.signer for kept in self.load().values()}
+        new = [kept for kept in map(Kept.from_json, records) if kept.signer not in known]
+        for kept in new:
+            self.add(kept)
+        return len(new)
+
+    def close(self) -> None:
+        """Close the file and let others use it. Idempotent."""
+        if hasattr(self, "_db"):
+            self._db.close()
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise StoreError(f"The store {self.path} cannot be written: {error}.") from None
+
+    def _seal(self, number: int, kept: Kept) -> bytes:
+        record = kept.to_json().encode("utf-8")
+        return record if self._cipher is None else _encrypt(self._cipher, record, str(number).encode())
+
+    def _open(self, number: int, record: bytes) -> str:
+        opened = record if self._cipher is None else _decrypt(self._cipher, record, str(number).encode())
+        return opened.decode("utf-8")
+
+
+def _cipher(passphrase: str, salt: bytes) -> AESGCM:
+    return AESGCM(Scrypt(salt, FILE_KEY_BYTES, **SCRYPT).derive(passphrase.encode("utf-8")))
+
+
+def _encrypt(cipher: AESGCM, octets: bytes, place: bytes) -> bytes:
+    nonce = secrets.token_bytes(NONCE_BYTES)
+    return nonce + cipher.encrypt(nonce, octets, CONTEXTS["store"] + b"\0" + place)
+
+
+def _decrypt(cipher: AESGCM, sealed: bytes, place: bytes) -> bytes:
+    return cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], CONTEXTS["store"] + b"\0" + place)
+
+
+# ---------------------------------------------------------------------------------------
+# The client of a relay: HTTP with one connection, and nothing believed. PROTOCOL.md,
+# "Operations", "Guards".
+# ---------------------------------------------------------------------------------------
+
+REQUEST_TIMEOUT_S = 10.0
+MAX_REPLY_BYTES = 1024 * 1024  # 100 messages in 512 KiB, with their JSON
+MAX_RETRY_S = 900.0
+MAX_BATCH_CHECKS = 256
+RECEIVE_LIMIT = 100
+MAX_RECEIVES = 16  # of one mailbox in a round: more than a box holds
+
+
+class RelayError(ConnectoidError):
+    """A relay that cannot be reached, refuses, or answers rubbish; `retry_s` is when to ask again, if it said so."""
+
+    def __init__(self, text: str, retry_s: float = 0.0) -> None:
+        super().__init__(text)
+        self.retry_s = retry_s
+
+
+class RelayClient:
+    """Ask one relay, over one connection that is kept; for one thread at a time but for `interrupt`."""
+
+    def __init__(self, url: str, *, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+        check_url(url, allow_http=True)
+        parts = urllib.parse.urlsplit(url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self.url, self._timeout_s, self._target = url, timeout_s, parts.path or "/"
+        self._waiting = self._interrupted = False
+        self._connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
+
+    def ask(self, request: object, wait_s: float = 0.0) -> Any:
+        """Return the reply to a request, an object with `ok` true or the list of a batch; raise RelayError."""
+        status, octets = self._exchange("POST", json.dumps(request).encode("utf-8"), wait_s)
+        reply = _read_reply(octets)
+        if isinstance(reply, dict) and reply.get("ok") is not True:
+            raise RelayError(f"{self.url} says {str(reply.get('error'))[:100]!r} ({status}).", _retry_of(reply))
+        return reply
+
+    def document(self) -> Mapping[str, Any]:
+        """Return what a relay says of itself; raise RelayError."""
+        reply = _read_reply(self._exchange("GET", b"", 0.0)[1])
+        return reply if isinstance(reply, dict) else {}
+
+    def interrupt(self) -> None:
+        """End a check that waits, in another thread: its `ask` raises RelayError."""
+        if self._waiting and self._connection.sock is not None:
+            self._interrupted = True
+            with contextlib.suppress(OSError):
+                self._connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection; the next request opens one."""
+        self._connection.close()
+
+    def _exchange(self, method: str, body: bytes, wait_s: float) -> tuple[int, bytes]:
+        self._waiting, self._interrupted = wait_s > 0, False
+        try:
+            if self._connection.sock is None:
+                return self._exchange_once(method, body, wait_s)
+            try:
+                return self._exchange_once(method, body, wait_s)
+            except (ConnectionError, http.client.BadStatusLine):  # it was kept, and closed meanwhile
+                self.close()
+                if self._interrupted:
+                    raise
+            return self._exchange_once(method, body, wait_s)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise RelayError(f"{self.url} cannot be reached: {error or type(error).__name__}.") from None
+        finally:
+            self._waiting = False
+
+    def _exchange_once(self, method: str, body: bytes, wait_s: float) -> tuple[int, bytes]:
+        if self._connection.sock is None:
+            self._connection.connect()
+        self._connection.sock.settimeout(self._timeout_s + wait_s)
+        self._connection.request(method, self._target, body or None,
+                                 {"Content-Type": "application/json", "Accept": "application/json"})
+        response = self._connection.getresponse()
+        octets = response.read(MAX_REPLY_BYTES + 1)
+        if len(octets) > MAX_REPLY_BYTES:
+            raise http.client.HTTPException("a reply over 1 MiB")
+        return response.status, octets
+
+
+def _read_reply(octets: bytes) -> Any:
+    try:
+        reply = _parse_json(octets)
+    except Refused:
+        raise RelayError("A relay answered what is not JSON.") from None
+    if not isinstance(reply, dict | list):
+        raise RelayError("A relay answered neither an object nor a list.")
+    return reply
+
+
+def _retry_of(reply: Mapping[str, Any]) -> float:
+    retry = reply.get("retry")
+    return min(float(retry), MAX_RETRY_S) if isinstance(retry, int | float) and retry > 0 else 0.0
+
+
+def read_mailboxes(suite: Suite, client: RelayClient, polls: Sequence[Poll],
+                   wait_s: float) -> dict[str, list[tuple[int, str]]]:
+    """Return (at, data) of each mailbox that could be read to its end; raise RelayError if none can be asked."""
+    checks = [{"pub": poll.mailbox.pub, "ext": poll.mailbox.ext, "action": "check", "at": poll.at, "wait": int(wait_s)}
+              for poll in polls]
+    replies = client.ask(checks, wait_s)
+    if not isinstance(replies, list) or len(replies) != len(checks):
+        raise RelayError(f"{client.url} did not answer a batch with as many replies.")
+    read: dict[str, list[tuple[int, str]]] = {}
+    errors: list[RelayError] = []
+    for poll, reply in zip(polls, replies, strict=True):
+        try:
+            read[poll.mailbox.pub] = _read_mailbox(suite, client, poll, reply)
+        except (RelayError, Refused) as error:
+            errors.append(error if isinstance(error, RelayError) else RelayError(str(error)))
+    if errors and not read:
+        raise max(errors, key=lambda error: error.retry_s)
+    return read
+
+
+def _read_mailbox(suite: Suite, client: RelayClient, poll: Poll, reply: Any) -> list[tuple[int, str]]:
+    if not isinstance(reply, dict) or reply.get("ok") is not True:
+        raise RelayError(f"{client.url} refused a check.", _retry_of(reply) if isinstance(reply, dict) else 0.0)
+    if not reply.get("found"):
+        return []
+    answer = suite.open(poll.key, CONTEXTS["question"], decode_base64url(str(reply.get("question"))))
+    request = {"pub": poll.mailbox.pub, "ext": poll.mailbox.ext, "action": "receive", "limit": RECEIVE_LIMIT,
+               "answer": answer.decode("ascii", "replace")}
+    messages: list[tuple[int, str]] = []
+    for _ in range(MAX_RECEIVES):
+        found = client.ask({**request, "at": messages[-1][0] if messages else poll.at})
+        if not found.get("messages"):
+            return messages
+        messages += _messages_of(found["messages"])
+    return messages
+
+
+def _messages_of(messages: object) -> list[tuple[int, str]]:
+    pairs: list[tuple[int, str]] = []
+    for message in messages if isinstance(messages, list) else [None]:
+        match message:
+            case {"at": int(at), "data": str(data)}:
+                pairs.append((at, data))
+            case _:
+                raise RelayError("A relay answered messages of a wrong form.")
+    return pairs
+
+
+# ---------------------------------------------------------------------------------------
+# The runner: threads that move what the machines ask for. A line is everything that goes
+# to one relay: one thread that polls, one that sends, so that a dead relay holds up no other.
+# ---------------------------------------------------------------------------------------
+
+CHECK_EVERY_S = 2.0  # between the starts of two checks at one relay, at least
+WAIT_S = 60  # of a long poll: what a relay takes at most
+BACKOFF_S = (2.0, 5.0, 15.0, 30.0, 60.0)  # after failures of a relay, one after the other
+JITTER = 0.25  # of every pause, so that many clients do not come back together
+SEND_FOR_S = 45.0  # what could not be sent by then, the machine sends anew
+STOP_S = 2.0  # for threads, when the runner is closed
+MAX_QUEUED_MESSAGES = 1_024  # of a channel, that the app has not taken: then it is closed
+
+log = logging.getLogger("connectoid")
+
+
+class WebRTC(Protocol):
+    """Makes peer connections: one for each contact, the newest `ask`. No call blocks.
+
+    Reports, from any thread, are (contact, event, ask, value): `gathered` with an offer, an answer or None, `opened`,
+    `message` with bytes or str, `closed`.
+    """
+
+    def start(self, report: Callable[[int, str, int, Any], None]) -> None:
+        """Begin: reports go there."""
+
+    def gather(self, contact: int, ask: int, offer: Mapping[str, str] | None, ice_servers: Sequence[str]) -> None:
+        """Make a peer connection and an offer, or the answer to one; end the former one of this contact."""
+
+    def join(self, contact: int, ask: int, answer: Mapping[str, str]) -> None:
+        """Give the answer to the peer connection."""
+
+    def write(self, contact: int, ask: int, message: bytes | str) -> Future[None]:
+        """Send on the data channel; the future is done when there is room for more."""
+
+    def close(self, contact: int, ask: int) -> None:
+        """Close the peer connection."""
+
+    def stop(self) -> None:
+        """Close all, and end."""
+
+
+class NoWebRTC:
+    """Make no connections: contacts can be seen and ended, no more."""
+
+    def start(self, report: Callable[[int, str, int, Any], None]) -> None:
+        """Do nothing, as all here."""
+
+    def gather(self, contact: int, ask: int, offer: Mapping[str, str] | None, ice_servers: Sequence[str]) -> None:
+        """Do nothing: the machine tries again later."""
+
+    def join(self, contact: int, ask: int, answer: Mapping[str, str]) -> None:
+        """Do nothing."""
+
+    def write(self, contact: int, ask: int, message: bytes | str) -> Future[None]:
+        """Return a future that failed."""
+        future: Future[None] = Future()
+        future.set_exception(ConnectionError("no WebRTC"))
+        return future
+
+    def close(self, contact: int, ask: int) -> None:
+        """Do nothing."""
+
+    def stop(self) -> None:
+        """Do nothing."""
+
+
+class NotConnectedError(ConnectoidError):
+    """There is no connection, or no longer; its text says what is known of the reason."""
+
+
+def _boot_time_s() -> float:
+    """Return the seconds of a clock that never steps and counts while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def system_now() -> Now:
+    """Return the time of the system."""
+    return Now(time.time_ns() // 1000, _boot_time_s())
+
+
+class Channel:
+    """A connection to a contact: messages of the app, in order, bytes or str, up to 64 KiB each."""
+
+    def __init__(self, runner: Connectoid, contact: int, ask: int) -> None:
+        self.ask = ask
+        self._runner, self._contact = runner, contact
+        self._came: queue.Queue[bytes | str | None] = queue.Queue()
+        self._listener: Callable[[bytes | str | None], object] = self._came.put
+        self._lock = threading.Lock()
+        self.closed = threading.Event()
+
+    def send(self, message: bytes | str, timeout_s: float | None = None) -> None:
+        """Send a message, and wait until there is room for more; raise NotConnectedError, TimeoutError."""
+        if self.closed.is_set():
+            raise NotConnectedError("The connection is closed.")
+        try:
+            self._runner.webrtc.write(self._contact, self.ask, message).result(timeout_s)
+        except (ConnectionError, CancelledError):
+            raise NotConnectedError("The connection is closed.") from None
+
+    def receive(self, timeout_s: float | None = None) -> bytes | str:
+        """Return the next message; raise NotConnectedError once it is closed and empty, TimeoutError."""
+        try:
+            message = self._came.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError("Nothing came.") from None
+        if message is None:
+            self._came.put(None)
+            raise NotConnectedError("The connection is closed.")
+        return message
+
+    def close(self) -> None:
+        """Disconnect; what the other sent before may still be received. Idempotent."""
+        if not self.closed.is_set():
+            self._runner.disconnect(self._contact)
+            self.take(None)
+
+    def send_soon(self, message: bytes | str) -> asyncio.Future[None]:
+        """Begin to send a message; the future of the running event loop is done when there is room for more."""
+        return asyncio.wrap_future(self._runner.webrtc.write(self._contact, self.ask, message))
+
+    def listen(self, listener: Callable[[bytes | str | None], object]) -> None:
+        """Have a function called with each message, from any thread, those that came already first; None is the end."""
+        with self._lock:
+            while not self._came.empty():
+                listener(self._came.get())
+            self._listener = listener
+
+    def take(self, message: bytes | str | None) -> None:
+        """Take a message from the other, or the end."""
+        with self._lock:
+            if message is None:
+                if self.closed.is_set():
+                    return
+                self.closed.set()
+            self._listener(message)
+
+
+class _Line:
+    """What goes to one relay."""
+
+    def __init__(self, runner: Connectoid, url: str) -> None:
+        self._runner, self.url = runner, url
+        self._poller, self._sender = RelayClient(url), RelayClient(url)
+        self._letters: queue.Queue[tuple[float, Send] | None] = queue.Queue()
+        self._woken = threading.Event()
+        self._known: frozenset[str] = frozenset()  # the mailboxes of the last round
+        self._slow = False  # a pause goes on that was meant for an idle time
+        self.stun: str | None = None
+        self._threads = [threading.Thread(target=work, daemon=True, name=f"connectoid {url}")
+                         for work in (self._poll_on, self._send_on)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self.wake()
+        self._letters.put(None)
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(STOP_S)
+
+    def send(self, letter: Send) -> None:
+        self._letters.put((_boot_time_s() + SEND_FOR_S, letter))
+
+    def wake(self) -> None:
+        """Let a check begin as soon as it may, in place of one that waits."""
+        self._woken.set()
+        self._poller.interrupt()
+
+    def notice(self) -> None:
+        """Wake if what is to be polled has changed, or is to be polled sooner."""
+        hurried = self._slow and self._runner.poll_gap_s(self.url) < POLL_SLOW_S
+        if hurried or not {poll.mailbox.pub for _, poll in self._runner.polls(self.url)} <= self._known:
+            self.wake()
+
+    def _poll_on(self) -> None:
+        failures = 0
+        self._learn()
+        while not self._runner.stopped.is_set():
+            began_s = _boot_time_s()
+            self._woken.clear()
+            try:
+                self._poll_once()
+                failures, pause_s = 0, max(CHECK_EVERY_S, self._runner.poll_gap_s(self.url))
+            except RelayError as error:
+                if self._woken.is_set():
+                    pause_s = CHECK_EVERY_S
+                else:
+                    self._runner.complain(str(error))
+                    pause_s = _jittered(max(error.retry_s, BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]))
+                    failures += 1
+            self._rest(began_s, pause_s)
+        self._poller.close()
+
+    def _rest(self, began_s: float, pause_s: float) -> None:
+        """Wait for the rest of a pause; being woken shortens it to what a relay asks for at least."""
+        self._slow = pause_s > CHECK_EVERY_S
+        if self._woken.wait(max(0.0, began_s + pause_s - _boot_time_s())):
+            self._runner.stopped.wait(max(0.0, began_s + CHECK_EVERY_S - _boot_time_s()))
+        self._slow = False
+
+    def _learn(self) -> None:
+        try:
+            if self._poller.document().get("stun") is True:
+                parts = urllib.parse.urlsplit(self.url)
+                self.stun = f"stun:{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+        except RelayError as error:
+            self._runner.complain(str(error))
+
+    def _poll_once(self) -> None:
+        polls = self._runner.polls(self.url)
+        self._known = frozenset(poll.mailbox.pub for _, poll in polls)
+        for part in (polls[start:start + MAX_BATCH_CHECKS] for start in range(0, len(polls), MAX_BATCH_CHECKS)):
+            wait_s = 0 if self._woken.is_set() or part != polls else WAIT_S
+            read = read_mailboxes(self._runner.suite, self._poller, [poll for _, poll in part], wait_s)
+            self._runner.take(read, {poll.mailbox.pub: number for number, poll in part})
+
+    def _send_on(self) -> None:
+        while (item := self._letters.get()) is not None:
+            until_s, letter = item
+            request = {"pub": letter.mailbox.pub, "ext": letter.mailbox.ext, "action": "send", "data": letter.data}
+            for backoff_s in (*BACKOFF_S, BACKOFF_S[-1]):
+                try:
+                    self._sender.ask(request)
+                    break
+                except RelayError as error:
+                    self._runner.complain(str(error))
+                    pause_s = _jittered(max(backoff_s, error.retry_s))
+                if _boot_time_s() + pause_s > until_s or self._runner.stopped.wait(pause_s):
+                    break
+        self._sender.close()
+
+
+def _jittered(seconds: float) -> float:
+    return seconds * (1 + JITTER * secrets.randbelow(1_000) / 1_000)
+
+
+class Connectoid:
+    """Run the contacts of one store: a context manager, and safe to use from many threads.
+
+    `on_event(name, event)` is called, from a thread of its own, with a key of EVENTS; without WebRTC (`webrtc`)
+    contacts pair but do not connect. `relays` are (URL, ext) for new contacts.
+    """
+
+    def __init__(self, store: Store, relays: Iterable[tuple[str, str | None]] = (), webrtc: WebRTC | None = None, *,
+                 on_event: Callable[[str, str], None] | None = None, ice_servers: Sequence[str] = (),
+                 allow_http: bool = False, suite: Suite | None = None, now: Callable[[], Now] = system_now) -> None:
+        self.store, self.relays, self.webrtc = store, tuple(relays), webrtc or NoWebRTC()
+        self.suite = suite or SystemSuite()
+        self.stopped = threading.Event()
+        self._ice_servers, self._allow_http, self._now = tuple(ice_servers), allow_http, now
+        self._on_event = on_event or (lambda name, event: None)
+        self._events: queue.Queue[tuple[str, str] | None] = queue.Queue()
+        self._change = threading.Condition(threading.RLock())
+        self._contacts = {number: Contact(self.suite, kept, allow_http=allow_http)
+                          for number, kept in store.load().items()}
+        self._channels: dict[int, Channel] = {}
+        self._lines: dict[str, _Line] = {}
+        self._complaints: dict[str, None] = {}
+        self._threads = [threading.Thread(target=work, daemon=True, name=f"connectoid {work.__name__}")
+                         for work in (self._tick_on, self._tell_on)]
+
+    def __enter__(self) -> Connectoid:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Begin to poll and to connect."""
+        self.webrtc.start(self._reported)
+        for thread in self._threads:
+            thread.start()
+        with self._change:
+            self._draw_lines()
+
+    def close(self) -> None:
+        """Disconnect all, let waiting messages go, end the threads and close the store. Idempotent."""
+        with self._change:
+            for number, contact in self._contacts.items():
+                self._do(number, contact.disconnect(self._now()))
+            self.stopped.set()
+            self._change.notify_all()
+        for line in self._lines.values():
+            line.stop()
+        for line in self._lines.values():
+            line.join()
+        self._events.put(None)
+        self.webrtc.stop()
+        self.store.close()
+
+    # -- What an app does ----------------------------------------------------------------
+
+    def share(self, name: str, app_url: str) -> str:
+        """Return a link for a new contact; raise UsageError for a name that is taken, or no relays."""
+        with self._change:
+            self._check_new(name)
+            contact, effects = Contact.invite(self.suite, self._now(), name, self.relays, allow_http=self._allow_http)
+            self._adopt(contact, effects)
+        return make_link(app_url, contact.kept.invitation)
+
+    def open(self, link: str, name: str) -> None:
+        """Open somebody's link, after the user has confirmed; raise LinkError, UsageError.
+
+        The same link again goes on with the contact that it made.
+        """
+        invitation = read_link(link, allow_http=self._allow_http)
+        with self._change:
+            for contact in self._contacts.values():
+                if contact.kept.link_hash == hash_link(invitation.text):
+                    if contact.kept.role == "inviter":
+                        raise LinkError("This is your own link: send it to somebody else.")
+                    return
+            self._check_new(name)
+            self._adopt(*Contact.open(self.suite, self._now(), name, invitation, relays=self.relays,
+                                      allow_http=self._allow_http))
+
+    def connect(self, name: str, timeout_s: float | None = None) -> Channel:
+        """Return a channel to a contact, once it is there; raise NotConnectedError, TimeoutError, UsageError."""
+        deadline_s = math.inf if timeout_s is None else _boot_time_s() + timeout_s
+        with self._change:
+            number = self._number(name)
+            former = self._channels.get(number)
+            if former is not None and not former.closed.is_set():
+                return former
+            self._do(number, self._contacts[number].connect(self._now()))
+            while self._channels.get(number) is former:
+                contact = self._contacts.get(number)
+                if contact is None or contact.kept.state in ("ended", "unshared") or self.stopped.is_set():
+                    raise NotConnectedError(EVENTS.get(contact.kept.why, "") if contact else "This contact is gone.")
+                left_s = deadline_s - _boot_time_s()
+                if left_s <= 0:
+                    raise TimeoutError(f"{name} is not there. {EVENTS['unanswered']}")
+                self._change.wait(min(left_s, ZERO_EVERY_S))
+            return self._channels[number]
+
+    def disconnect(self, contact: int) -> None:
+        """Close the connection to a contact."""
+        with self._change:
+            if contact in self._contacts:
+                self._do(contact, self._contacts[contact].disconnect(self._now()))
+                self._end_channel(contact)
+
+    def unshare(self, name: str) -> None:
+        """End the sharing with a contact, who is told; raise UsageError."""
+        with self._change:
+            number = self._number(name)
+            self._do(number, self._contacts[number].unshare(self._now()))
+            self._end_channel(number)
+
+    def verify(self, name: str, *, same: bool = True) -> None:
+        """Mark that the comparison strings were the same; raise UsageError."""
+        with self._change:
+            number = self._number(name)
+            self._do(number, self._contacts[number].verify(self._now(), same=same))
+
+    def contacts(self) -> list[Kept]:
+        """Return what is kept of all contacts, tombstones left out. It holds private keys: show name and state."""
+        with self._change:
+            return [contact.kept for contact in self._contacts.values() if contact.kept.state != "unshared"]
+
+    # -- What the lines ask --------------------------------------------------------------
+
+    def polls(self, url: str) -> list[tuple[int, Poll]]:
+        """Return what is to be polled at a relay, with the contact's id."""
+        with self._change:
+            return [(number, poll) for number, contact in self._contacts.items() for poll in contact.polls(self._now())
+                    if poll.mailbox.url == url]
+
+    def poll_gap_s(self, url: str) -> float:
+        """Return the seconds between two checks at a relay."""
+        with self._change:
+            return min((contact.poll_gap_s(self._now()) for contact in self._contacts.values()), default=POLL_SLOW_S)
+
+    def take(self, read: Mapping[str, Sequence[tuple[int, str]]], contacts: Mapping[str, int]) -> None:
+        """Give what a round has found to the contacts."""
+        with self._change:
+            for number in set(contacts.values()) & self._contacts.keys():
+                boxes = {pub: found for pub, found in read.items() if contacts[pub] == number}
+                self._do(number, self._contacts[number].polled(self._now(), boxes))
+
+    def complain(self, text: str) -> None:
+        """Log what a relay did, once."""
+        if text not in self._complaints and not self.stopped.is_set():
+            self._complaints[text] = None
+            log.warning("%s", text)
+
+    # -- Effects -------------------------------------------------------------------------
+
+    def _do(self, number: int, effects: Iterable[Effect]) -> None:
+        """Do what a machine asks for, in order: what could not be saved is not sent."""
+        try:
+            for effect in effects:
+                self._do_one(number, effect)
+        except StoreError:
+            self._contacts[number] = Contact(self.suite, self.store.load()[number], allow_http=self._allow_http)
+            raise
+        self._draw_lines()
+        self._change.notify_all()
+
+    def _do_one(self, number: int, effect: Effect) -> None:
+        match effect:
+            case Save(kept):
+                self.store.save(number, kept)
+            case Forget():
+                self.store.delete(number)
+                del self._contacts[number]
+            case Send(mailbox):
+                self._line(mailbox.url).send(effect)
+            case Gather(ask, offer):
+                self._end_channel(number)
+                self.webrtc.gather(number, ask, offer, self._servers())
+            case Join(ask, answer):
+                self.webrtc.join(number, ask, answer)
+            case Write(ask, octets):
+                self.webrtc.write(number, ask, octets)
+            case Close(ask):
+                self._end_channel(number)
+                self.webrtc.close(number, ask)
+            case Tell(event):
+                self._tell(number, event)
+
+    def _tell(self, number: int, event: str) -> None:
+        contact = self._contacts[number]
+        if event == "connected":
+            self._channels[number] = Channel(self, number, contact.attempt.ask)
+        if event == "disconnected":
+            self._end_channel(number)
+        self._events.put((contact.kept.name, event))
+
+    def _reported(self, number: int, event: str, ask: int, value: Any) -> None:
+        channel = self._channels.get(number)
+        if event == "message" and channel is not None and channel.ask == ask:  # the way of all data: no machine
+            channel.take(value)
+            return
+        with self._change:
+            contact = self._contacts.get(number)
+            if contact is None or self.stopped.is_set():
+                return
+            now = self._now()
+            match event:
+                case "gathered":
+                    self._do(number, contact.gathered(now, ask, value))
+                case "opened":
+                    self._do(number, contact.channel_opened(now, ask))
+                case "message":
+                    self._do(number, contact.channel_message(now, ask, value if isinstance(value, bytes) else b""))
+                case "closed":
+                    self._do(number, contact.channel_closed(now, ask))
+
+    # -- The rest ------------------------------------------------------------------------
+
+    def _adopt(self, contact: Contact, effects: Sequence[Effect]) -> None:
+        number = self.store.add(contact.kept)
+        self._contacts[number] = contact
+        self._do(number, effects)
+
+    def _check_new(self, name: str) -> None:
+        if not name:
+            raise UsageError("A contact needs a name.")
+        for number, contact in list(self._contacts.items()):
+            if contact.kept.name == name and contact.kept.state != "ended":
+                raise UsageError(f"There is a contact {name!r} already.")
+            if contact.kept.name == name:
+                self._do_one(number, Forget())
+
+    def _number(self, name: str) -> int:
+        for number, contact in self._contacts.items():
+            if contact.kept.name == name:
+                return number
+        raise UsageError(f"There is no contact {name!r}.")
+
+    def _servers(self) -> list[str]:
+        return [*(line.stun for line in self._lines.values() if line.stun), *self._ice_servers]
+
+    def _line(self, url: str) -> _Line:
+        if url not in self._lines:
+            self._lines[url] = _Line(self, url)
+            self._lines[url].start()
+        return self._lines[url]
+
+    def _draw_lines(self) -> None:
+        for url in {poll.mailbox.url for contact in self._contacts.values() for poll in contact.polls(self._now())}:
+            self._line(url).notice()
+
+    def _end_channel(self, number: int) -> None:
+        channel = self._channels.get(number)
+        if channel is not None:
+            channel.take(None)
+
+    def _tick_on(self) -> None:
+        with self._change:
+            while not self.stopped.is_set():
+                for number, contact in list(self._contacts.items()):
+                    if contact.next_tick_s <= self._now().monotonic_s:
+                        self._do(number, contact.tick(self._now()))
+                soonest_s = min((contact.next_tick_s for contact in self._contacts.values()), default=math.inf)
+                self._change.wait(max(0.05, min(soonest_s - self._now().monotonic_s, ZERO_EVERY_S)))
+
+    def _tell_on(self) -> None:
+        while (event := self._events.get()) is not None:
+            try:
+                self._on_event(*event)
+            except Exception:
+                log.exception("on_event failed")
+
+
+# ---------------------------------------------------------------------------------------
+# asyncio: the same calls, the blocking ones in threads.
+# ---------------------------------------------------------------------------------------
+
+ASYNC_SLICE_S = 1.0  # of a wait in a thread: so long at most a cancelled one goes on
+
+
+class AsyncChannel:
+    """A Channel for asyncio; made by AsyncConnectoid.connect."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._came: asyncio.Queue[bytes | str | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        channel.listen(lambda message: loop.call_soon_threadsafe(self._came.put_nowait, message))
+
+    async def send(self, message: bytes | str) -> None:
+        """Send a message, and wait until there is room for more; raise NotConnectedError."""
+        await self._channel.send_soon(message)
+
+    async def receive(self) -> bytes | str:
+        """Return the next message; raise NotConnectedError once it is closed and empty."""
+        message = await self._came.get()
+        if message is None:
+            self._came.put_nowait(None)
+            raise NotConnectedError("The connection is closed.")
+        return message
+
+    async def close(self) -> None:
+        """Disconnect. Idempotent."""
+        await asyncio.to_thread(self._channel.close)
+
+
+class AsyncConnectoid:
+    """A Connectoid for asyncio: an asynchronous context manager around one."""
+
+    def __init__(self, runner: Connectoid) -> None:
+        self.runner = runner
+
+    async def __aenter__(self) -> AsyncConnectoid:
+        await asyncio.to_thread(self.runner.start)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.runner.close)
+
+    async def share(self, name: str, app_url: str) -> str:
+        """Return a link for a new contact, as Connectoid.share."""
+        return await asyncio.to_thread(self.runner.share, name, app_url)
+
+    async def open(self, link: str, name: str) -> None:
+        """Open somebody's link, as Connectoid.open."""
+        await asyncio.to_thread(self.runner.open, link, name)
+
+    async def connect(self, name: str) -> AsyncChannel:
+        """Return a channel to a contact once it is there, as Connectoid.connect; asyncio.timeout ends it."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return AsyncChannel(await asyncio.to_thread(self.runner.connect, name, ASYNC_SLICE_S))
+
+    async def unshare(self, name: str) -> None:
+        """End the sharing with a contact, as Connectoid.unshare."""
+        await asyncio.to_thread(self.runner.unshare, name)
+
+
+# ---------------------------------------------------------------------------------------
+# WebRTC by aiortc (`pip install connectoid[webrtc]`): a thread with an event loop.
+# ---------------------------------------------------------------------------------------
+
+CHANNEL_LABEL = "connectoid"
+GATHER_LIMIT_S = 2.0  # for candidates: what a STUN server has not said by then is left out
+MAX_BUFFERED_BYTES = 1024 * 1024  # on a data channel; more waits
+FLUSH_S = 2.0  # for what is buffered, when a connection is closed
+
+
+class Peer(NamedTuple):
+    """A peer connection of aiortc; `channel` is a list of at most one data channel."""
+
+    ask: int
+    connection: Any
+    channel: list[Any]
+
+
+class AiortcAdapter:
+    """Make peer connections with aiortc; ICE servers are URLs, or dicts of RTCIceServer's arguments."""
+
+    def __init__(self) -> None:
+        try:
+            self._aiortc = importlib.import_module("aiortc")
+        except ImportError:
+            raise UsageError("Connections need the package aiortc: pip install 'connectoid[webrtc]'") from None
+        self._loop = asyncio.new_event_loop()
+        self._peers: dict[int, Peer] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._report: Callable[[int, str, int, Any], None] = lambda *_: None
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="connectoid aiortc")
+
+    def start(self, report: Callable[[int, str, int, Any], None]) -> None:
+        """Begin: reports go there."""
+        self._report = report
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close all, and end. Idempotent."""
+        if self._thread.is_alive():
+            with contextlib.suppress(TimeoutError):
+                asyncio.run_coroutine_threadsafe(self._drop_all(), self._loop).result(FLUSH_S + STOP_S)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(STOP_S)
+
+    def gather(self, contact: int, ask: int, offer: Mapping[str, str] | None, ice_servers: Sequence[Any]) -> None:
+        """Make a peer connection and an offer, or the answer to one."""
+        self._do(self._gather(contact, ask, offer, ice_servers))
+
+    def join(self, contact: int, ask: int, answer: Mapping[str, str]) -> None:
+        """Give the answer to the peer connection."""
+        self._do(self._join(contact, ask, answer))
+
+    def write(self, contact: int, ask: int, message: bytes | str) -> Future[None]:
+        """Send on the data channel; the future is done when there is room for more."""
+        return asyncio.run_coroutine_threadsafe(self._write(contact, ask, message), self._loop)
+
+    def close(self, contact: int, ask: int) -> None:
+        """Close the peer connection, once what is buffered has gone."""
+        peer = self._peers.get(contact)
+        if peer is not None and peer.ask == ask:
+            self._do(self._drop(contact))
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        def begin() -> None:
+            task = self._loop.create_task(work)
+            self._tasks.add(task)  # the loop keeps only a weak reference
+            task.add_done_callback(self._tasks.discard)
+
+        self._loop.call_soon_threadsafe(begin)
+
+    async def _gather(self, contact: int, ask: int, offer: Mapping[str, str] | None, servers: Sequence[Any]) -> None:
+        await self._drop(contact)
+        ice = [self._aiortc.RTCIceServer(**(server if isinstance(server, Mapping) else {"urls": server}))
+               for server in servers]
+        peer = Peer(ask, self._aiortc.RTCPeerConnection(self._aiortc.RTCConfiguration(ice)), [])
+        self._peers[contact] = peer
+        peer.connection.on("connectionstatechange", functools.partial(self._changed, contact, peer))
+        try:
+            await asyncio.wait_for(self._describe(contact, peer, offer), GATHER_LIMIT_S)
+        except TimeoutError:
+            if servers:  # none of them answered in time
+                await self._gather(contact, ask, offer, [])
+                return
+        except Exception as error:
+            log.warning("WebRTC failed: %s", error)
+        local = peer.connection.localDescription
+        self._report(contact, "gathered", ask, {"type": local.type, "sdp": local.sdp} if local else None)
+
+    async def _describe(self, contact: int, peer: Peer, offer: Mapping[str, str] | None) -> None:
+        connection = peer.connection
+        if offer is None:
+            self._watch(contact, peer, connection.createDataChannel(CHANNEL_LABEL))
+            await connection.setLocalDescription(await connection.createOffer())
+        else:
+            connection.on("datachannel", functools.partial(self._watch, contact, peer))
+            await connection.setRemoteDescription(self._aiortc.RTCSessionDescription(**offer))
+            await connection.setLocalDescription(await connection.createAnswer())
+
+    async def _join(self, contact: int, ask: int, answer: Mapping[str, str]) -> None:
+        peer = self._peers.get(contact)
+        if peer is not None and peer.ask == ask:
+            try:
+                await peer.connection.setRemoteDescription(self._aiortc.RTCSessionDescription(**answer))
+            except Exception as error:
+                log.warning("WebRTC failed: %s", error)
+
+    def _watch(self, contact: int, peer: Peer, channel: Any) -> None:
+        def opened() -> None:
+            self._report(contact, "opened", peer.ask, None)
+
+        if peer.channel or channel.label != CHANNEL_LABEL:
+            return
+        peer.channel.append(channel)
+        channel.bufferedAmountLowThreshold = MAX_BUFFERED_BYTES // 2
+        channel.on("open", opened)
+        channel.on("message", lambda message: self._report(contact, "message", peer.ask, message))
+        channel.on("close", lambda: self._report(contact, "closed", peer.ask, None))
+        if channel.readyState == "open":
+            opened()
+
+    def _changed(self, contact: int, peer: Peer) -> None:
+        """Notice the end of a connection that was open; one that never was has its time all the same."""
+        if peer.connection.connectionState in ("failed", "closed") and peer.channel:
+            self._report(contact, "closed", peer.ask, None)
+
+    async def _write(self, contact: int, ask: int, message: bytes | str) -> None:
+        peer = self._peers.get(contact)
+        if peer is None or peer.ask != ask or not peer.channel or peer.channel[0].readyState != "open":
+            raise ConnectionError("the channel is closed")
+        channel = peer.channel[0]
+        channel.send(message)
+        if channel.bufferedAmount > MAX_BUFFERED_BYTES:
+            low = asyncio.Event()
+            channel.once("bufferedamountlow", low.set)
+            channel.once("close", low.set)
+            await low.wait()
+
+    async def _drop(self, contact: int) -> None:
+        peer = self._peers.pop(contact, None)
+        if peer is None:
+            return
+        until_s = _boot_time_s() + FLUSH_S
+        while peer.channel and peer.channel[0].readyState == "open" and peer.channel[0].bufferedAmount > 0:
+            if _boot_time_s() > until_s:
+                break
+            await asyncio.sleep(0.01)
+        await peer.connection.close()
+
+    async def _drop_all(self) -> None:
+        drops = [self._drop(contact) for contact in list(self._peers)]
+        await asyncio.gather(*drops, *self._tasks, return_exceptions=True)

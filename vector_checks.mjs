@@ -1,0 +1,370 @@
+// Checks of connectoid.js against vectors/connectoid_*.json and relay_questions.json, for Node and browsers alike:
+// `checks(load)` returns [name, check] for each case; a check rejects if the library does not agree with the vector.
+import {
+  CONTEXTS, Contact, EMOJI, LinkError, Refused, SystemSuite, checkSignature, comparisonString, decodeBase64url,
+  encodeBase64url, formatAddress, hashCommitment, hashJws, makeLink, openMessage, parseAddress, prove, readJws, readLink,
+  sealMessage, signJws,
+} from "./connectoid.js";
+
+const SUITE = new SystemSuite();
+const utf8 = (text) => new TextEncoder().encode(text);
+const fromHex = (hex) => Uint8Array.from(hex.match(/../g) ?? [], (pair) => parseInt(pair, 16));
+const toHex = (octets) => Array.from(octets, (octet) => octet.toString(16).padStart(2, "0")).join("");
+
+/** Compare two values by what JSON says of them, members in any order. */
+function same(actual, wanted, what = "") {
+  const text = (value) => JSON.stringify(value, (_, member) => (
+    member && typeof member === "object" && !Array.isArray(member)
+      ? Object.fromEntries(Object.entries(member).sort(([one], [other]) => (one < other ? -1 : 1))) : member));
+  if (text(actual) !== text(wanted)) {
+    throw new Error(`${what} is ${String(text(actual)).slice(0, 300)}, not ${String(text(wanted)).slice(0, 300)}`);
+  }
+}
+
+/** Return what work returns, or the class of its refusal. */
+async function outcome(work) {
+  try {
+    return { value: await work() };
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    return { refused: error.reason };
+  }
+}
+
+async function sameRefusal(work, wanted) {
+  const { value, refused } = await outcome(work);
+  same(refused, wanted, "the class of the refusal");
+  return value;
+}
+
+const PKCS8 = "304e020100301006072a8648ce3d020106052b81040022043730350201010430"; // before the scalar of P-384
+
+/** Return the key pair of a scalar in hex, as SystemSuite has it. */
+export async function importKey(scalar, name = "ECDH") {
+  const usages = { ECDH: ["deriveBits"], ECDSA: ["sign"] }[name];
+  const algorithm = { name, namedCurve: "P-384" };
+  const exportable = await crypto.subtle.importKey("pkcs8", fromHex(PKCS8 + scalar), algorithm, true, usages);
+  const { kty, crv, x, y } = await crypto.subtle.exportKey("jwk", exportable);
+  return {
+    privateKey: await crypto.subtle.importKey("pkcs8", fromHex(PKCS8 + scalar), algorithm, false, usages),
+    publicKey: await crypto.subtle.importKey("jwk", { kty, crv, x, y }, algorithm, true, name === "ECDH" ? [] : ["verify"]),
+  };
+}
+
+async function readSigned(text) {
+  const message = await readJws(text);
+  await checkSignature(SUITE, message);
+  return message;
+}
+
+async function parseWhole(address, allowed) {
+  const mailboxes = parseAddress(address, allowed);
+  for (const { pub } of mailboxes) await SUITE.check(pub);
+  return mailboxes;
+}
+
+// ---------------------------------------------------------------------------------------
+// One case of each file.
+// ---------------------------------------------------------------------------------------
+
+const DAMAGES = {
+  missing: /^There is no invitation in this link: /,
+  "no secret": /^This link has no secret; ask for a new one\.$/,
+  secret: /^This link is cut off or damaged\. /,
+  address: /^This link is damaged: /,
+};
+
+async function openLink(link) {
+  const invitation = readLink(link);
+  await Contact.open(SUITE, { wallUs: 1, monotonicS: 1 }, "Alice", invitation);
+  return invitation;
+}
+
+const CHECKS = {
+  async base64url(each) {
+    const octets = await sameRefusal(() => decodeBase64url(each.text), each.refused);
+    if (octets) same([toHex(octets), encodeBase64url(octets)], [each.octets, each.text]);
+  },
+
+  async keys(each) {
+    await sameRefusal(() => parseWhole(`${each.pub}.${encodeBase64url(utf8("https://relay.example.com/"))}`), each.refused);
+    if (!each.private) return;
+    const sealed = await SUITE.seal(each.pub, CONTEXTS.message, utf8("for this key"));
+    same(toHex(await SUITE.open(await importKey(each.private), CONTEXTS.message, sealed)), toHex(utf8("for this key")));
+  },
+
+  async addresses(each) {
+    const allowed = { allowHttp: each.allow_http ?? false };
+    const mailboxes = await sameRefusal(() => parseWhole(each.address, allowed), each.refused);
+    if (mailboxes) same([mailboxes, formatAddress(mailboxes)], [each.mailboxes, each.address]);
+  },
+
+  async links(each) {
+    if (each.refused) {
+      const error = await openLink(each.link).catch((caught) => caught);
+      if (!(error instanceof LinkError && DAMAGES[each.damage].test(error.message))) throw new Error(`not ${error}`);
+      return;
+    }
+    const { text, address, secret, commitment } = await openLink(each.link);
+    same([text, address, toHex(secret), toHex(commitment)], [each.invitation, each.address, each.secret, each.h]);
+    same(parseAddress(address), each.mailboxes);
+    same(readLink(makeLink("https://app.example.com/#old", text)).text, text);
+  },
+
+  async commitments(each) {
+    same(encodeBase64url(await hashCommitment(each.from, each.r)) === each.h, each.refused !== "commitment");
+  },
+
+  async seals(each) {
+    const key = await importKey(each.private);
+    const opened = await sameRefusal(() => SUITE.open(key, fromHex(each.info), fromHex(each.sealed)), each.refused);
+    if (opened) same(toHex(opened), each.plaintext);
+  },
+
+  async padding(each, files) {
+    const key = await importKey(each.private);
+    const text = await sameRefusal(() => openMessage(SUITE, key, each.data), each.refused);
+    if (text === undefined) return;
+    same(text, each.text);
+    const [pub] = Object.entries(files.contexts.keys).find(([, scalar]) => scalar === each.private);
+    const made = await SUITE.open(key, CONTEXTS.message, decodeBase64url(await sealMessage(SUITE, pub, text)));
+    same([1, 2, 4, 8, 16].find((kib) => kib * 1_024 >= 4 + text.length) * 1_024, made.length);
+  },
+
+  async jws(each) {
+    const message = await sameRefusal(() => readSigned(each.text), each.refused);
+    if (message) same([message.payload, message.hash, message.payload.from], [each.payload, each.hash, each.from]);
+  },
+
+  async payloads(each) {
+    const message = await sameRefusal(() => readSigned(each.text), each.refused);
+    if (message) same([message.type, message.payload], [each.type, JSON.parse(each.payload)]);
+  },
+
+  async proofs(each) {
+    const { jws, proof } = await readSigned(each.text);
+    same(await prove(fromHex(each.secret), jws) === proof, each.refused !== "proof");
+  },
+
+  async hashes(each) {
+    same(await hashJws(each.text), each.hash);
+  },
+
+  async comparison(each) {
+    const numbers = await comparisonString(each.invitation, each.hello, each.from, each.r);
+    same([numbers, numbers.map((number) => EMOJI[number].join(" "))], [each.numbers, each.emoji]);
+  },
+
+  async contexts(each, files) {
+    const { contexts, keys, now_us: wallUs } = files.contexts;
+    const before = await keep(contexts[each.context], wallUs);
+    const contact = new Contact(SUITE, before);
+    const boxes = new Map();
+    for (const [at, { mailbox, data }] of each.found.entries()) boxes.set(mailbox, [...boxes.get(mailbox) ?? [], [at, data]]);
+    const effects = await contact.polled({ wallUs, monotonicS: 1_000 }, boxes);
+    same(contact.dropped, each.refused ? { [each.refused]: 1 } : {}, "what was dropped");
+    await checkSent(await sentBy(effects, keys), each.sent ?? []);
+    same(effects.some(({ event }) => event === "opened_twice"), each.warned ?? false, "the warning");
+    if (!each.after) same([contact.kept === before, effects], [true, []], "what was kept and done");
+    const known = after(contact.kept);
+    for (const [name, value] of Object.entries(each.after ?? {})) same(known[name], value, name);
+  },
+
+  async seq(each, files) {
+    const { contexts, keys, now_us: rotatedUs } = files.contexts;
+    const contact = new Contact(SUITE, await keep({ ...contexts["alice paired"], seq: each.last }, rotatedUs));
+    const effects = await contact.connect({ wallUs: each.now_us, monotonicS: 1_000 });
+    for (const [, text] of await sentBy(effects, keys)) same((await readJws(text)).payload.seq, each.seq);
+    same(contact.kept.seq, each.seq);
+  },
+
+  async pairings(each) {
+    for (const name of ["alice", "bob"]) {
+      const player = await Player.start(each, name);
+      await player.play();
+      same(player.contact.kept.comparison, each.numbers);
+      await player.connect();
+      same([player.contact.kept.state, player.contact.attempt.state], ["paired", "connected"]);
+    }
+  },
+
+  async channel(each, files) {
+    const player = await Player.start(files.pairings.cases[0], each.by);
+    await player.play();
+    const { contact } = player;
+    const { ask } = contact.attempt;
+    await player.do(contact.channelOpened(THEN, ask));
+    for (const [place, octets] of each.received.entries()) {
+      same(contact.attempt.state, "proving");
+      await player.do(contact.channelMessage(THEN, ask, fromHex(octets)));
+      if (place === 0 && each.written) same(toHex(player.written()), each.written);
+    }
+    const refused = each.refused === "channel";
+    same([contact.dropped.channel === 1, player.has({ do: "close", ask }), player.has({ do: "tell", event: "connected" })],
+      [refused, refused, !refused]);
+  },
+};
+
+// ---------------------------------------------------------------------------------------
+// Messages in context.
+// ---------------------------------------------------------------------------------------
+
+async function own(known) {
+  return known ? { address: known.address, keys: await Promise.all(known.private.map((scalar) => importKey(scalar))) } : null;
+}
+
+/** Return the record of what a context knows. */
+async function keep(known, rotatedUs) {
+  const [invited, current, pending, former] = await Promise.all(
+    ["invited", "current", "pending", "former"].map((name) => own(known.addresses[name])));
+  const relays = known.state === "unshared" ? [] : parseAddress((current ?? invited).address).map(({ url, ext }) => [url, ext]);
+  return {
+    version: 1, role: known.role, state: known.state, name: "", relays, privateKey: await importKey(known.private, "ECDSA"),
+    signer: known.from, expiresUs: Infinity, invitation: known.invitation, linkHash: "", hello: known.hello,
+    helloHash: known.hello_hash, welcome: known.welcome, welcomeHash: "", r: known.r, invited, current, pending, former,
+    rotatedUs, contact: known.contact, contactAddress: known.connectoid, comparison: [], verified: false, seq: known.seq,
+    seenSeq: known.seen_seq, usedSent: 0, why: "",
+  };
+}
+
+/** Return what is known, by the names of the vectors. */
+function after(kept) {
+  return { state: kept.state, contact: kept.contact, connectoid: kept.contactAddress, why: kept.why, seen_seq: kept.seenSeq,
+    hello_hash: kept.helloHash, numbers: kept.comparison, current: kept.current?.address ?? null,
+    pending: kept.pending?.address ?? null, former: kept.former?.address ?? null };
+}
+
+/** Return the mailbox and the text of each message that is to be sent. */
+async function sentBy(effects, keys) {
+  return Promise.all(effects.filter((effect) => effect.do === "send").map(async ({ mailbox: { pub }, data }) => (
+    [pub, await openMessage(SUITE, await importKey(keys[pub]), data)])));
+}
+
+async function checkSent(sent, wanted) {
+  same(sent.map(([pub]) => pub), wanted.map(({ mailbox }) => mailbox), "where messages are sent");
+  for (const [place, [, text]] of sent.entries()) {
+    const { payload } = await readSigned(text);
+    for (const [name, value] of Object.entries(wanted[place].payload)) same(payload[name], value, `${name} of what is sent`);
+    same(text, wanted[place].text ?? text, "the text that is sent");
+  }
+}
+
+// ---------------------------------------------------------------------------------------
+// Whole pairings: a side is played against the messages of the other.
+// ---------------------------------------------------------------------------------------
+
+const THEN = { wallUs: 1, monotonicS: 101 };
+
+/** Return the suite for real, with keys, random bytes and signatures of the vectors. */
+function dealtSuite(keys, octets, texts) {
+  const suite = new SystemSuite();
+  suite.random = (count) => octets[count];
+  suite.makeKey = async () => keys.shift();
+  suite.sign = async (_, signed) => {
+    const text = texts.find((whole) => whole.startsWith(`${String.fromCharCode(...signed)}.`));
+    return decodeBase64url(text.split(".")[2]);
+  };
+  suite.seal = (...args) => SUITE.seal(...args); // with a key of its own
+  return suite;
+}
+
+class Player {
+  static async start(pairing, name) {
+    const invitation = readLink(pairing.link);
+    const [here, then] = pairing[name].addresses;
+    const boxes = parseAddress(then.address);
+    const { challenge } = pairing.channel.challenges.find(({ by }) => by === name);
+    const keys = await Promise.all(boxes.map(async ({ pub }, place) => [await importKey(then.private[place]), pub]));
+    const octets = { 16: decodeBase64url(pairing.messages[0].payload.nonce), 32: fromHex(challenge) };
+    const suite = dealtSuite(keys, octets, pairing.messages.map(({ text }) => text));
+    const addresses = { [name === "alice" ? "invited" : "current"]: here };
+    const kept = await keep({ role: name === "alice" ? "inviter" : "opener", state: name === "alice" ? "invited" : "opened",
+      addresses, private: pairing[name].private, from: pairing[name].from, invitation: invitation.text, hello: "",
+      hello_hash: "", welcome: "", r: name === "alice" ? pairing.r : "", contact: "", seq: 0, seen_seq: 0,
+      connectoid: name === "alice" ? "" : invitation.address }, 0);
+    const player = new Player();
+    const relays = boxes.map(({ url, ext }) => [url, ext]);
+    return Object.assign(player, { pairing, name, contact: new Contact(suite, { ...kept, relays }), sent: [], done: [],
+      keys: Object.fromEntries([pairing.alice, pairing.bob].flatMap(({ addresses }) => addresses).flatMap(
+        (address) => parseAddress(address.address).map(({ pub }, place) => [pub, address.private[place]]))) });
+  }
+
+  async do(promised) {
+    const effects = await promised;
+    this.done.push(...effects);
+    this.sent.push(...await sentBy(effects, this.keys));
+  }
+
+  has(wanted) {
+    return this.done.some((effect) => Object.entries(wanted).every(([name, value]) => effect[name] === value));
+  }
+
+  async play() {
+    const { messages } = this.pairing;
+    for (const [place, message] of messages.entries()) {
+      if (message.by === this.name) await this.send({ wallUs: message.payload.seq, monotonicS: 100 }, message);
+      else await this.find({ wallUs: (messages[place + 1] ?? message).payload.seq, monotonicS: 100 }, message);
+    }
+    same(this.sent, [], "what more was sent");
+  }
+
+  async send(now, message) {
+    if (message.payload.type === "hello") await this.do(this.contact.connect(now));
+    if (this.contact.attempt.state === "gathering") {
+      const sdp = message.payload.sdpOffer ?? message.payload.sdpAnswer ?? null;
+      await this.do(this.contact.gathered(now, this.contact.attempt.ask, sdp));
+    }
+    same(this.sent.splice(0), message.data.map(({ mailbox }) => [mailbox, message.text]), "what was sent");
+  }
+
+  async find(now, message) {
+    const boxes = (found) => new Map(message.data.map(({ mailbox, data }) => [mailbox, found ? [[1, data]] : []]));
+    if (message.fresh) await this.do(this.contact.polled(now, boxes(false)));
+    await this.do(this.contact.polled(now, boxes(true)));
+  }
+
+  async connect() {
+    const { offer, answer, info, challenges } = this.pairing.channel;
+    const mine = challenges.find(({ by }) => by === this.name);
+    const other = challenges.find(({ by }) => by !== this.name);
+    const { attempt: { ask }, attempt } = this.contact;
+    same([attempt.offer, attempt.answer], [offer, answer]);
+    await this.do(this.contact.channelOpened(THEN, ask));
+    const opened = await SUITE.open(await importKey(this.keys[mine.to]), fromHex(info), this.written());
+    same(toHex(opened), mine.challenge);
+    await this.do(this.contact.channelMessage(THEN, ask, fromHex(other.sealed)));
+    same(toHex(this.written()), other.challenge);
+    await this.do(this.contact.channelMessage(THEN, ask, fromHex(mine.challenge)));
+    same(this.has({ do: "tell", event: "connected" }), true);
+  }
+
+  written() {
+    return this.done.findLast((effect) => effect.do === "write").octets;
+  }
+}
+
+// ---------------------------------------------------------------------------------------
+// All of them.
+// ---------------------------------------------------------------------------------------
+
+async function checkQuestion(each, info, mayOpen) {
+  const key = await importKey(each.private);
+  const { value, refused } = await outcome(() => SUITE.open(key, utf8(info), decodeBase64url(each.question)));
+  same(mayOpen ? String.fromCharCode(...value) : ["encoding", "seal"].includes(refused), mayOpen ? each.answer : true);
+}
+
+/** Return [name, check] for each case; `load(name)` resolves to what is in vectors/NAME.json. */
+export async function checks(load) {
+  const names = Object.keys(CHECKS);
+  const loaded = await Promise.all(names.map((name) => load(`connectoid_${name}`)));
+  const files = Object.fromEntries(names.map((name, place) => [name, loaded[place]]));
+  const cases = names.flatMap((name) => files[name].cases.map((each) => (
+    [`${name}: ${each.name}`, () => CHECKS[name](each, files)])));
+  const questions = await load("relay_questions");
+  const { emoji } = await load("connectoid_emoji");
+  return [
+    ...cases, ["emoji", async () => same(EMOJI, emoji)],
+    ...questions.open.map((each) => [`question: ${each.title}`, () => checkQuestion(each, questions.info, true)]),
+    ...questions.must_not_open.map((each) => [`no question: ${each.title}`, () => checkQuestion(each, questions.info, false)]),
+  ];
+}
