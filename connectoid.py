@@ -628,7 +628,7 @@ class Kept:
     signer: str  # its public key
     expires_us: int  # of the invitation, or of the tombstone
     invitation: str = field(repr=False)
-    link_hash: str  # of the invitation, which goes sooner
+    link_hash: str = ""  # of the invitation, which goes sooner
     hello: str = field(default="", repr=False)  # the opener's, with its proof
     hello_hash: str = ""  # of the one that counts
     welcome: str = field(default="", repr=False)  # the inviter's
@@ -890,7 +890,7 @@ class Contact:
         fourth = encode_base64url(suite.random(SECRET_BYTES) + hash_commitment(signer, r))
         invitation = f"{invited.address}{'.' if relays[-1][1] is not None else '..'}{fourth}"
         kept = Kept("inviter", "invited", name, relays, private_key, signer, now.wall_us + lifetime_us, invitation,
-                    hash_link(invitation), r=r, invited=invited)
+                    link_hash=hash_link(invitation), r=r, invited=invited)
         contact = cls(suite, kept, allow_http=allow_http)
         contact._fast_until_s = now.monotonic_s + POLL_FAST_FOR_S
         contact._note_new(invited, now)
@@ -913,7 +913,7 @@ class Contact:
         relays = tuple(relays) or tuple((mailbox.url, mailbox.ext) for mailbox in mailboxes)
         private_key, signer = suite.make_key()
         kept = Kept("opener", "opened", name, relays, private_key, signer, now.wall_us + INVITATION_US,
-                    invitation.text, hash_link(invitation.text), current=_make_own(suite, relays, allow_http),
+                    invitation.text, link_hash=hash_link(invitation.text), current=_make_own(suite, relays, allow_http),
                     contact_address=invitation.address)
         contact = cls(suite, kept, allow_http=allow_http)
         return contact, [Save(kept), *contact.connect(now)]
