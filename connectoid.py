@@ -78,6 +78,7 @@ except ImportError:
 MAX_MAILBOXES = 3  # in an address: each costs the other a seal and a request for every message
 MAX_EXT_CHARS = 1_024  # of a mailbox's `ext`, in code points: as relays have it
 MAX_URL_CHARS = 512  # of a relay's URL: a host name has 253
+MAX_ADDRESS_CHARS = 4_096  # of a contact: beside one's own as long there is room for an SDP in every message
 MAX_SEQ = 2**53  # what a number of JavaScript holds exactly
 SECRET_BYTES = 16  # S, R and a hello's nonce: 128 bits
 CHALLENGE_BYTES = 32  # what each sends the other on a new channel
@@ -104,6 +105,7 @@ INVITATION_US = 30 * DAY_US  # how long a link is good, and somebody else who op
 TOMBSTONE_US = 30 * DAY_US  # how long a former contact is told
 ROTATION_US = 30 * DAY_US  # the age at which an address is replaced
 NEVER_US = 2**63 - 1
+RELEASE_US = 1_795_392_000_000_000  # 2026-11-23: a clock that shows less is wrong
 
 # ---------------------------------------------------------------------------------------
 # Errors: the app's mistakes (UsageError), the user's (LinkError), a damaged record, and
@@ -352,6 +354,16 @@ class Suite(Protocol):
 
     def verify(self, pub: str, signature: bytes, octets: bytes) -> None:
         """Raise Refused (signature) unless it is that of the key's owner."""
+
+
+def check_address(suite: Suite, address: str, *, allow_http: bool = False) -> tuple[Mailbox, ...]:
+    """Return the mailboxes of an address to write to; raise Refused (address) if not all can be written to."""
+    if len(address) > MAX_ADDRESS_CHARS:
+        raise Refused("address", f"it has more than {MAX_ADDRESS_CHARS} characters")
+    mailboxes = parse_address(address, allow_http=allow_http)
+    for mailbox in mailboxes:
+        suite.check(mailbox.pub)
+    return mailboxes
 
 
 MAX_REMEMBERED_KEYS = 256  # to read a key costs about as much as to use it
@@ -652,6 +664,17 @@ class Kept:
         """Return the record as text; it holds private keys."""
         return json.dumps({"version": RECORD_VERSION, **asdict(self)}, ensure_ascii=False)
 
+    def _check(self) -> None:
+        """Raise ValueError or Refused if a member has not the type, or not a value, that it can have."""
+        if self.role not in NUMBERED_FOR or self.state not in {state for state, _ in PAIRING} | {"ended"}:
+            raise ValueError
+        for name, kind in self.__annotations__.items():
+            if kind in ("str", "int", "bool") and type(getattr(self, name)).__name__ != kind:
+                raise ValueError(name)
+        for own in (self.invited, self.current, self.pending, self.former):
+            if own and len(own.mailboxes) != len(own.keys):
+                raise ValueError
+
     @classmethod
     def from_json(cls, text: str) -> Kept:
         """Return the record that a text holds; raise RecordError."""
@@ -663,9 +686,11 @@ class Kept:
             members["comparison"] = tuple(members["comparison"])
             for name in ("invited", "current", "pending", "former"):
                 own = members[name]
-                members[name] = own and Own(own["address"], tuple(own["keys"]))
-            return cls(**members)
-        except (ValueError, TypeError, KeyError, AttributeError):
+                members[name] = None if own is None else Own(own["address"], tuple(own["keys"]))
+            kept = cls(**members)
+            kept._check()
+            return kept
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, Refused):
             raise RecordError("A saved contact is damaged.") from None
 
 
@@ -760,14 +785,15 @@ class Rule(NamedTuple):
 
 
 def _table(*rules: tuple[str, str, str, str]) -> Mapping[tuple[str, str], Rule]:
-    return {(state, event): Rule(state, event, does, tuple(then.split()))
+    """Return the rules by state and event; `=` among what may follow is the state itself."""
+    return {(state, event): Rule(state, event, does, tuple(dict.fromkeys(then.replace("=", state).split())))
             for states, event, does, then in rules for state in states.split()}
 
 
 # What is known of the other. `message` is any numbered message of the contact but `unshare`.
 PAIRING = _table(
     ("invited", "hello", "bind", "welcomed"),
-    ("welcomed paired", "hello", "greet", "welcomed paired"),
+    ("welcomed paired", "hello", "greet", "="),
     ("welcomed", "message", "confirm", "paired"),
     ("opened", "welcome", "accept", "ready"),
     ("opened", "used", "end_used", "ended"),
@@ -776,7 +802,8 @@ PAIRING = _table(
     ("paired", "message", "go_on", "paired"),
     ("invited welcomed opened ready paired", "leave", "withdraw", "unshared"),
     ("welcomed ready paired", "unshare", "end_unshared", "ended"),
-    ("invited welcomed opened ready", "expire", "end_expired", "ended"),
+    ("invited opened", "expire", "end_expired", "ended"),
+    ("welcomed ready", "expire", "part_expired", "unshared"),  # the other may know it as paired: tell
     ("unshared", "hello", "refuse", "unshared"),
     ("unshared", "welcome", "part_late", "unshared"),
     ("unshared", "message", "part", "unshared"),
@@ -789,11 +816,11 @@ CONNECTING = _table(
     ("apart gathering waiting joining proving connected", "offer", "take_offer", "gathering"),
     ("apart gathering waiting joining proving connected", "stale", "call", "waiting"),
     ("apart joining proving", "call", "offer", "gathering"),
-    ("waiting connected", "call", "offer_unless_crossed", "gathering waiting connected"),
+    ("waiting connected", "call", "offer_unless_crossed", "gathering ="),
     ("apart gathering waiting", "welcome", "offer", "gathering"),
     ("gathering", "gathered", "send_sdp", "waiting joining apart"),
     ("gathering", "late", "send_sdp", "waiting joining apart"),
-    ("waiting joining proving", "late", "again", "gathering waiting joining apart"),
+    ("waiting joining proving", "late", "again", "gathering waiting = apart"),
     ("waiting", "answer", "join", "joining"),
     ("joining", "channel", "challenge", "proving"),
     ("proving", "octets", "prove", "proving connected waiting"),
@@ -875,6 +902,7 @@ class Contact:
         self._ats: dict[str, int] = {}  # cursors, by mailbox
         self._read_s: dict[str, float] = {}  # when a mailbox was last read to its end
         self._from_zero_s: dict[str, float] = {}
+        self._asked_zero: set[str] = set()  # mailboxes whose check under way is from 0
         self._seen: dict[bytes, None] = {}
 
     # -- Beginnings --------------------------------------------------------------------
@@ -904,10 +932,8 @@ class Contact:
         Nothing is sent before the user has confirmed, so call this after that. Without relays
         of one's own those of the link are used.
         """
-        mailboxes = parse_address(invitation.address, allow_http=allow_http)
         try:
-            for mailbox in mailboxes:
-                suite.check(mailbox.pub)
+            mailboxes = check_address(suite, invitation.address, allow_http=allow_http)
         except Refused as error:
             raise LinkError(f"This link is damaged: {error}. Copy it again, whole.") from None
         relays = tuple(relays) or tuple((mailbox.url, mailbox.ext) for mailbox in mailboxes)
@@ -936,7 +962,9 @@ class Contact:
     @_step
     def tick(self) -> None:
         """Let time go by: at the start, and again at `next_tick_s`."""
-        if self._now.wall_us >= self.kept.expires_us:
+        if self.kept.expires_us < RELEASE_US <= self._now.wall_us:
+            self._keep(expires_us=self._now.wall_us + INVITATION_US)  # it was reckoned by a clock that was not set
+        if self.kept.expires_us <= self._now.wall_us < MAX_SEQ // 2:
             self._expire()
         if self.kept.state == "welcomed" and not self.kept.welcome and self._attempt.state == "apart":
             self._send_welcome(None)  # the process ended before it could
@@ -948,6 +976,8 @@ class Contact:
     @_step
     def unshare(self) -> None:
         """End the sharing: name and connection go at once, the other is told for 30 days."""
+        if (self.kept.state, "leave") not in PAIRING:
+            raise UsageError("The sharing is ended already.")
         self._turn("stop")
         self._pair("leave")
 
@@ -1017,6 +1047,8 @@ class Contact:
 
     def polls(self, now: Now) -> list[Poll]:
         """Return the mailboxes to check, at most `poll_gap_s` apart."""
+        self._asked_zero = {mailbox.pub for own in self._owns() for mailbox in own.mailboxes
+                            if self._from_zero(now, mailbox.pub)}
         return [Poll(mailbox, key, 0 if self._from_zero(now, mailbox.pub) else self._ats[mailbox.pub])
                 for own in self._owns() for mailbox, key in _pairs(own)]
 
@@ -1076,7 +1108,7 @@ class Contact:
                 yield Found(self._read(own, key, data), own, fresh)
             except Refused as refused:
                 self.dropped[refused.reason] += 1
-        if self._from_zero(self._now, pub):
+        if pub in self._asked_zero or pub not in self._ats:
             self._from_zero_s[pub] = self._now.monotonic_s
         self._read_s[pub] = self._now.monotonic_s
         self._ats[pub] = max([self._ats.get(pub, 0), *(at for at, _ in boxed)])
@@ -1102,8 +1134,7 @@ class Contact:
         check = {"hello": self._check_hello, "welcome": self._check_welcome, "used": self._check_welcome}
         check.get(message.type, self._check_numbered)(message, found.own)
         message.check_signature(self._suite)
-        for mailbox in parse_address(message.payload["connectoid"], allow_http=self._allow_http):
-            self._suite.check(mailbox.pub)
+        check_address(self._suite, message.payload["connectoid"], allow_http=self._allow_http)
         if message.type in check:
             self._pair(message.type, message, found.fresh)
         else:
@@ -1140,6 +1171,8 @@ class Contact:
     def _hear(self, found: Found) -> None:
         """Accept a numbered message of the contact: all that it carries is true from now on."""
         payload = found.message.payload
+        if self.kept.state == "ended":  # by an earlier message of this round
+            raise Refused("unexpected")
         self._keep(seen_seq=payload["seq"], contact_address=payload["connectoid"])
         if found.own == self.kept.pending:
             self._keep(current=found.own, pending=None, former=self.kept.current)
@@ -1166,7 +1199,8 @@ class Contact:
     def _greet(self, message: Message, fresh: bool) -> str:
         """Repeat the welcome to the hello that counts, and refuse all others."""
         if message.hash != self.kept.hello_hash:
-            self._effects.append(Tell("opened_twice"))
+            if Tell("opened_twice") not in self._effects:
+                self._effects.append(Tell("opened_twice"))
             return self._refuse(message, fresh)
         if self.kept.welcome and self._may_repeat("welcome"):
             self._post(message.payload["connectoid"], self.kept.welcome)
@@ -1236,10 +1270,10 @@ class Contact:
         return "ended"
 
     def _end(self, why: str) -> str:
-        """Keep nothing but the name and the reason."""
+        """Keep nothing but the name, the reason, and which link it was."""
         self._turn("stop")
-        self._keep(private_key="", invitation="", hello="", welcome="", r="", invited=None, current=None, pending=None,
-                   former=None, contact_address="", why=why, expires_us=NEVER_US)
+        kept = self.kept
+        self.kept = Kept(kept.role, kept.state, kept.name, (), "", "", NEVER_US, "", link_hash=kept.link_hash, why=why)
         self._effects.append(Tell(why))
         return "ended"
 
@@ -1248,6 +1282,11 @@ class Contact:
 
     def _end_unshared(self, message: Message) -> str:
         return self._end("unshared")
+
+    def _part_expired(self) -> str:
+        self._turn("stop")
+        self._effects.append(Tell("expired"))
+        return self._withdraw()
 
     def _end_expired(self) -> str:
         return self._end("expired")
@@ -1286,7 +1325,8 @@ class Contact:
         return "waiting"
 
     def _call(self, message: Message | None = None) -> str:
-        self._effects.append(Close(self._attempt.ask))
+        self._leave()
+        self._close()
         self._say("call", message.hash if message else None)
         self._late_in(AGAIN_AFTER_OFFER_S)
         return "waiting"
@@ -1304,6 +1344,7 @@ class Contact:
         return self._gather(message.sdp, message.hash)
 
     def _gather(self, offer: Mapping[str, str] | None, cause: str | None) -> str:
+        self._leave()
         ask = self._attempt.ask + 1
         self._attempt = Attempt("gathering", self._now.monotonic_s, math.inf, ask, cause)
         self._late_in(GATHERED_S)
@@ -1349,15 +1390,16 @@ class Contact:
             if self.kept.state != "welcomed":
                 return self._begin()
             self._late_in(self._active_until_s - self._now.monotonic_s)  # only the opener may try again
-            return "joining"
+            return self._attempt.state
         self._effects.append(Tell("unanswered" if self._attempt.state == "waiting" else "unreachable"))
-        self._effects.append(Close(self._attempt.ask))
+        self._close()
         return "apart"
 
     def _challenge(self) -> str:
         challenge = self._suite.random(CHALLENGE_BYTES)
         pub = parse_address(self.kept.contact_address, allow_http=True)[0].pub
         self._set(challenge=challenge)
+        self._late_in(AGAIN_AFTER_ANSWER_S)
         self._effects.append(Write(self._attempt.ask, self._suite.seal(pub, self._channel_info(), challenge)))
         return "proving"
 
@@ -1375,7 +1417,7 @@ class Contact:
                 self._pair("proven")
             return "connected"
         self.dropped["channel"] += 1
-        self._effects.append(Close(self._attempt.ask))
+        self._close()
         return "waiting"
 
     def _open_challenge(self, octets: bytes) -> bytes:
@@ -1400,8 +1442,18 @@ class Contact:
 
     def _stop(self) -> str:
         if self._attempt.state != "apart":
-            self._effects.append(Close(self._attempt.ask))
+            self._close()
         return "apart"
+
+    def _leave(self) -> None:
+        """Tell the app that the connection it has is given up for another."""
+        if self._attempt.state == "connected":
+            self._effects.append(Tell("disconnected"))
+
+    def _close(self) -> None:
+        """Close the peer connection: an answer to its offer is none any more."""
+        self._effects.append(Close(self._attempt.ask))
+        self._set(offer="")
 
     # -- Sending -------------------------------------------------------------------------
 
@@ -1416,8 +1468,11 @@ class Contact:
         return True
 
     def _rotate(self, relays: tuple[tuple[str, str | None], ...] | None = None) -> None:
-        pending = _make_own(self._suite, relays or self.kept.relays, self._allow_http)
-        self._keep(pending=pending, relays=relays or self.kept.relays, rotated_us=self._now.wall_us)
+        relays = self.kept.relays if relays is None else relays
+        pending = _make_own(self._suite, relays, self._allow_http)
+        # An address that was announced and not yet used stays polled: the contact may know no other.
+        self._keep(pending=pending, former=self.kept.pending or self.kept.former, relays=relays,
+                   rotated_us=self._now.wall_us)
         self._note_new(pending, self._now)
 
     def _note_new(self, own: Own, now: Now) -> None:
@@ -1426,7 +1481,7 @@ class Contact:
 
     def _say(self, kind: str, re: str | None, **members: Any) -> str:
         """Send a numbered message to the contact; return its hash."""
-        due = self._now.wall_us - self.kept.rotated_us >= ROTATION_US
+        due = not 0 <= self._now.wall_us - self.kept.rotated_us < ROTATION_US  # nor by a clock that was ahead
         if due and self.kept.pending is None and self.kept.relays:
             self._rotate()
         jws = self._sign(kind, self.kept.contact_address, re, **members)
@@ -1478,10 +1533,10 @@ def _pairs(own: Own) -> Iterable[tuple[Mailbox, str]]:
 def _make_own(suite: Suite, relays: Sequence[tuple[str, str | None]], allow_http: bool) -> Own:
     """Return a new address with a key for each relay; raise UsageError for bad relays."""
     keys = [suite.make_key() for _ in relays]
-    address = format_address(Mailbox(pub, url, ext) for (_, pub), (url, ext) in zip(keys, relays, strict=True))
     try:
-        parse_address(address, allow_http=allow_http)
-    except Refused as error:
+        address = format_address(Mailbox(pub, url, ext) for (_, pub), (url, ext) in zip(keys, relays, strict=True))
+        check_address(suite, address, allow_http=allow_http)
+    except (Refused, UnicodeEncodeError) as error:
         raise UsageError(f"These relays make no address: {error}.") from None
     return Own(address, tuple(key for key, _ in keys))
 
