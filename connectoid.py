@@ -38,6 +38,7 @@ import hashlib
 import hmac
 import http.client
 import importlib
+import io
 import json
 import logging
 import math
@@ -86,7 +87,7 @@ SIZES = (1_024, 2_048, 4_096, 8_192, 16_384)  # bytes of a plaintext: all that a
 LENGTH_BYTES = 4
 
 POLL_FAST_S = 2.0  # between two checks while something is going on, where the relay does not wait
-POLL_SLOW_S = 60.0  # else; PROTOCOL.md allows 66, which leaves time for a slow reply
+POLL_SLOW_S = 55.0  # else; PROTOCOL.md allows 66: this leaves time for replies, and for SDP to be gathered
 POLL_FAST_FOR_S = 90.0  # after something was sent or came
 FRESH_S = 75.0  # an offer that came since the check before, so long ago at most, is still good
 ZERO_EVERY_S = 3_600.0  # a check from 0: what a relay that lost its clock would hide comes to light
@@ -96,6 +97,7 @@ ACTIVE_S = 120.0  # from the start, or the other's last sign: then attempts are 
 AGAIN_IDLE_S = 3_000.0  # 50 minutes: less than a relay keeps a message
 NEW_OFFER_S = 5.0  # a call that comes sooner has crossed the offer
 GATHERED_S = 10.0  # the app's WebRTC has its own limit of 2 s
+MAX_UNREACHABLE = 3  # attempts in a row that no channel came of: more only cost the relays something
 REPEAT_S = 60.0  # between two welcomes, useds or unshares
 MAX_USED = 10  # replies to others who open a link, for each invitation
 MAX_SEEN = 1_024  # digests of what was read already, so that hourly repeats cost nothing
@@ -798,7 +800,7 @@ PAIRING = _table(
     ("opened", "welcome", "accept", "ready"),
     ("opened", "used", "end_used", "ended"),
     ("ready", "message", "confirm", "paired"),
-    ("ready", "proven", "confirm", "paired"),
+    ("welcomed ready", "proven", "confirm", "paired"),
     ("paired", "message", "go_on", "paired"),
     ("invited welcomed opened ready paired", "leave", "withdraw", "unshared"),
     ("welcomed ready paired", "unshare", "end_unshared", "ended"),
@@ -817,9 +819,9 @@ CONNECTING = _table(
     ("apart gathering waiting joining proving connected", "stale", "call", "waiting"),
     ("apart joining proving", "call", "offer", "gathering"),
     ("waiting connected", "call", "offer_unless_crossed", "gathering ="),
-    ("apart gathering waiting", "welcome", "offer", "gathering"),
+    ("apart waiting", "welcome", "offer", "gathering"),
     ("gathering", "gathered", "send_sdp", "waiting joining apart"),
-    ("gathering", "late", "send_sdp", "waiting joining apart"),
+    ("gathering", "late", "send_sdp", "waiting apart"),
     ("waiting joining proving", "late", "again", "gathering waiting = apart"),
     ("waiting", "answer", "join", "joining"),
     ("joining", "channel", "challenge", "proving"),
@@ -893,12 +895,13 @@ class Contact:
         self.dropped: collections.Counter[str] = collections.Counter()
         self._suite, self._allow_http = suite, allow_http
         self._attempt = Attempt()
-        self._now, self._effects = Now(0, 0.0), list[Effect]()
+        self._now, self._effects = Now(0, -math.inf), list[Effect]()
         self._gone = False
         self._wanted = False
         self._active_until_s = self._fast_until_s = self._begin_s = -math.inf
         self._repeated_s: dict[str, float] = {}  # when a type was last sent as a reply that may be asked for often
         self._asks: list[Found] = []  # numbered messages of a round
+        self._failed = 0  # attempts in a row in which both answered, and no channel came
         self._ats: dict[str, int] = {}  # cursors, by mailbox
         self._read_s: dict[str, float] = {}  # when a mailbox was last read to its end
         self._from_zero_s: dict[str, float] = {}
@@ -949,7 +952,7 @@ class Contact:
     @_step
     def connect(self) -> None:
         """Want a connection."""
-        self._wanted = True
+        self._wanted, self._failed = True, 0
         self._active_until_s = self._now.monotonic_s + ACTIVE_S
         self._turn("begin")
 
@@ -1045,12 +1048,17 @@ class Contact:
                 self.dropped[refused.reason] += 1
         self._act()
 
-    def polls(self, now: Now) -> list[Poll]:
-        """Return the mailboxes to check, at most `poll_gap_s` apart."""
-        self._asked_zero = {mailbox.pub for own in self._owns() for mailbox in own.mailboxes
-                            if self._from_zero(now, mailbox.pub)}
-        return [Poll(mailbox, key, 0 if self._from_zero(now, mailbox.pub) else self._ats[mailbox.pub])
-                for own in self._owns() for mailbox, key in _pairs(own)]
+    @property
+    def mailboxes(self) -> list[Mailbox]:
+        """Return the mailboxes that are polled."""
+        return [mailbox for own in self._owns() for mailbox in own.mailboxes]
+
+    def polls(self, now: Now, url: str | None = None) -> list[Poll]:
+        """Return the checks to make (at one relay), at most `poll_gap_s` apart; call it only to make them."""
+        polls = [Poll(mailbox, key, 0 if self._from_zero(now, mailbox.pub) else self._ats[mailbox.pub])
+                 for own in self._owns() for mailbox, key in _pairs(own) if url in (None, mailbox.url)]
+        self._asked_zero.update(poll.mailbox.pub for poll in polls if self._from_zero(now, poll.mailbox.pub))
+        return polls
 
     def poll_gap_s(self, now: Now) -> float:
         """Return the seconds between two checks; where it is POLL_FAST_S, a check may wait instead."""
@@ -1109,6 +1117,7 @@ class Contact:
             except Refused as refused:
                 self.dropped[refused.reason] += 1
         if pub in self._asked_zero or pub not in self._ats:
+            self._asked_zero.discard(pub)
             self._from_zero_s[pub] = self._now.monotonic_s
         self._read_s[pub] = self._now.monotonic_s
         self._ats[pub] = max([self._ats.get(pub, 0), *(at for at, _ in boxed)])
@@ -1386,12 +1395,14 @@ class Contact:
 
     def _again(self) -> str:
         """Try once more while there is hope; then seldom."""
-        if self._now.monotonic_s < self._active_until_s:
-            if self.kept.state != "welcomed":
-                return self._begin()
+        if self.kept.state == "welcomed" and self._now.monotonic_s < self._active_until_s:
             self._late_in(self._active_until_s - self._now.monotonic_s)  # only the opener may try again
             return self._attempt.state
-        self._effects.append(Tell("unanswered" if self._attempt.state == "waiting" else "unreachable"))
+        answered = self._attempt.state != "waiting"
+        self._failed += answered
+        if self._now.monotonic_s < self._active_until_s and self._failed < MAX_UNREACHABLE:
+            return self._begin()
+        self._effects.append(Tell("unreachable" if answered else "unanswered"))
         self._close()
         return "apart"
 
@@ -1413,7 +1424,8 @@ class Contact:
                 return "proving"
         elif hmac.compare_digest(octets, self._attempt.challenge):
             self._effects.append(Tell("connected"))
-            if self.kept.state == "ready":
+            self._failed = 0
+            if (self.kept.state, "proven") in PAIRING:
                 self._pair("proven")
             return "connected"
         self.dropped["channel"] += 1
@@ -1550,6 +1562,13 @@ STORE_VERSION = 1
 STORE_BUSY_S = 5.0  # for another process that reads
 SCRYPT = {"n": 2**15, "r": 8, "p": 1}  # 32 MiB and about 0.1 s for each guess of a passphrase
 EXPORT_MARK = b"connectoid/1 export\n"
+SQLITE_MARK = b"SQLite format 3\0"  # what a file begins with; SQLite itself takes some that are shorter for empty ones
+SCHEMA = (
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {STORE_VERSION}",
+    "CREATE TABLE protection (salt BLOB NOT NULL, checked BLOB NOT NULL)",
+    "CREATE TABLE contacts (id INTEGER PRIMARY KEY AUTOINCREMENT, record BLOB NOT NULL)",
+)
 SALT_BYTES, NONCE_BYTES, FILE_KEY_BYTES = 16, 12, 32
 
 
@@ -1569,11 +1588,12 @@ class Store:
         self._lock_fd = self._take_lock() if lock and self.path != ":memory:" else None
         try:
             if self.path != ":memory:":
-                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-                os.chmod(self.path, 0o600)
+                self._look()
             self._db = sqlite3.connect(self.path, STORE_BUSY_S, isolation_level=None, check_same_thread=False)
             self._cipher = self._prepare(passphrase)
-        except (OSError, sqlite3.Error) as error:
+            if self.path != ":memory:":
+                os.chmod(self.path, 0o600)
+        except (OSError, ValueError, TypeError, sqlite3.Error) as error:  # a damaged file has values of any type
             self.close()
             raise StoreError(f"The store {self.path} cannot be opened: {error}.") from None
         except StoreError:
@@ -1591,6 +1611,12 @@ class Store:
             raise StoreError(f"The store {self.path} cannot be opened: {error}.") from None
         return lock_fd
 
+    def _look(self) -> None:
+        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "rb") as file:
+            mark = file.read(len(SQLITE_MARK))
+        if mark not in (b"", SQLITE_MARK):
+            raise StoreError(f"{self.path} is not a store of Connectoid; choose another file.")
+
     def _prepare(self, passphrase: str | None) -> AESGCM | None:
         (application_id,), (version,) = (self._db.execute(f"PRAGMA {name}").fetchone()
                                          for name in ("application_id", "user_version"))
@@ -1607,14 +1633,17 @@ class Store:
     def _create(self, passphrase: str | None) -> None:
         salt = secrets.token_bytes(SALT_BYTES) if passphrase is not None else b""
         check = _encrypt(_cipher(passphrase, salt), b"", b"check") if passphrase is not None else b""
-        self._db.executescript(
-            f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {STORE_VERSION};"
-            "CREATE TABLE protection (salt BLOB NOT NULL, checked BLOB NOT NULL);"
-            "CREATE TABLE contacts (id INTEGER PRIMARY KEY AUTOINCREMENT, record BLOB NOT NULL); COMMIT")
-        self._db.execute("INSERT INTO protection VALUES (?, ?)", (salt, check))
+        with self._transaction():
+            if self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                return  # another process has made it meanwhile
+            for statement in SCHEMA:
+                self._db.execute(statement)
+            self._db.execute("INSERT INTO protection VALUES (?, ?)", (salt, check))
 
     def _unlock(self, passphrase: str | None) -> AESGCM | None:
-        salt, check = self._db.execute("SELECT salt, checked FROM protection").fetchone() or (b"", b"")
+        salt, check = self._db.execute("SELECT salt, checked FROM protection").fetchone()
+        if not salt and passphrase is not None:
+            raise StoreError(f"{self.path} has no passphrase: export it, and import it into a new store with one.")
         if not salt:
             return None
         if passphrase is None:
@@ -1631,7 +1660,7 @@ class Store:
         try:
             rows = self._db.execute("SELECT id, record FROM contacts ORDER BY id").fetchall()
             return {number: Kept.from_json(self._open(number, record)) for number, record in rows}
-        except (sqlite3.Error, InvalidTag, UnicodeDecodeError) as error:
+        except (sqlite3.Error, InvalidTag, ValueError, TypeError, AttributeError) as error:
             raise StoreError(f"The store {self.path} is damaged: {error or 'wrong tag'}.") from None
 
     def add(self, kept: Kept) -> int:
@@ -1724,6 +1753,8 @@ def _decrypt(cipher: AESGCM, sealed: bytes, place: bytes) -> bytes:
 REQUEST_TIMEOUT_S = 10.0
 MAX_REPLY_BYTES = 1024 * 1024  # 100 messages in 512 KiB, with their JSON
 MAX_RETRY_S = 900.0
+MAX_ERROR_CHARS = 200  # of what a stranger's server says, in our words
+REDIRECTS = range(300, 400)
 MAX_BATCH_CHECKS = 256
 RECEIVE_LIMIT = 100
 MAX_RECEIVES = 16  # of one mailbox in a round: more than a box holds
@@ -1737,6 +1768,30 @@ class RelayError(ConnectoidError):
         self.retry_s = retry_s
 
 
+class _Timely(io.RawIOBase):
+    """Read from a socket up to a moment; the time-out of a socket begins anew with each byte."""
+
+    def __init__(self, sock: socket.socket, until_s: float) -> None:
+        self._sock, self._until_s, self._raw = sock, until_s, sock.makefile("rb", buffering=0)
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left_s = self._until_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left_s)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
 class RelayClient:
     """Ask one relay, over one connection that is kept; for one thread at a time but for `interrupt`."""
 
@@ -1745,35 +1800,37 @@ class RelayClient:
         parts = urllib.parse.urlsplit(url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.url, self._timeout_s, self._target = url, timeout_s, parts.path or "/"
-        self._waiting = self._interrupted = False
+        self.woken = threading.Event()  # set, no check waits
+        self._waiting = False
         self._connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
 
     def ask(self, request: object, wait_s: float = 0.0) -> Any:
         """Return the reply to a request, an object with `ok` true or the list of a batch; raise RelayError."""
         status, octets = self._exchange("POST", json.dumps(request).encode("utf-8"), wait_s)
-        reply = _read_reply(octets)
+        reply = self._read(octets)
         if isinstance(reply, dict) and reply.get("ok") is not True:
             raise RelayError(f"{self.url} says {str(reply.get('error'))[:100]!r} ({status}).", _retry_of(reply))
         return reply
 
     def document(self) -> Mapping[str, Any]:
         """Return what a relay says of itself; raise RelayError."""
-        reply = _read_reply(self._exchange("GET", b"", 0.0)[1])
+        reply = self._read(self._exchange("GET", b"", 0.0)[1])
         return reply if isinstance(reply, dict) else {}
 
     def interrupt(self) -> None:
-        """End a check that waits, in another thread: its `ask` raises RelayError."""
-        if self._waiting and self._connection.sock is not None:
-            self._interrupted = True
+        """End a check that waits or is about to, in another thread: its `ask` raises RelayError. `woken` is set."""
+        self.woken.set()
+        sock = self._connection.sock
+        if self._waiting and sock is not None:
             with contextlib.suppress(OSError):
-                self._connection.sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; the next request opens one."""
         self._connection.close()
 
     def _exchange(self, method: str, body: bytes, wait_s: float) -> tuple[int, bytes]:
-        self._waiting, self._interrupted = wait_s > 0, False
+        self._waiting = wait_s > 0
         try:
             if self._connection.sock is None:
                 return self._exchange_once(method, body, wait_s)
@@ -1781,41 +1838,53 @@ class RelayClient:
                 return self._exchange_once(method, body, wait_s)
             except (ConnectionError, http.client.BadStatusLine):  # it was kept, and closed meanwhile
                 self.close()
-                if self._interrupted:
+                if self._waiting and self.woken.is_set():
                     raise
             return self._exchange_once(method, body, wait_s)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no name of a host
             self.close()
-            raise RelayError(f"{self.url} cannot be reached: {error or type(error).__name__}.") from None
+            raise RelayError(f"{self.url} cannot be reached: {_printable(error)}.") from None
         finally:
             self._waiting = False
 
     def _exchange_once(self, method: str, body: bytes, wait_s: float) -> tuple[int, bytes]:
         if self._connection.sock is None:
             self._connection.connect()
-        self._connection.sock.settimeout(self._timeout_s + wait_s)
+        if self._waiting and self.woken.is_set():  # before there was a socket to shut down
+            raise ConnectionAbortedError("woken")
+        self._connection.sock.settimeout(self._timeout_s)
+        until_s = time.monotonic() + self._timeout_s + wait_s
+        # A type for the type checker alone: what is called there with a socket.
+        self._connection.response_class = lambda sock, **options: http.client.HTTPResponse(  # type: ignore[assignment]
+            _Timely(sock, until_s), **options)  # type: ignore[arg-type] # it has makefile, all that is used
         self._connection.request(method, self._target, body or None,
                                  {"Content-Type": "application/json", "Accept": "application/json"})
         response = self._connection.getresponse()
         octets = response.read(MAX_REPLY_BYTES + 1)
         if len(octets) > MAX_REPLY_BYTES:
             raise http.client.HTTPException("a reply over 1 MiB")
+        if response.status in REDIRECTS:
+            raise http.client.HTTPException(f"it sends elsewhere ({response.status})")
         return response.status, octets
 
+    def _read(self, octets: bytes) -> Any:
+        try:
+            reply = _parse_json(octets)
+        except Refused:
+            raise RelayError(f"{self.url} is no relay: it answered what is not JSON.") from None
+        if not isinstance(reply, dict | list):
+            raise RelayError(f"{self.url} is no relay: it answered neither an object nor a list.")
+        return reply
 
-def _read_reply(octets: bytes) -> Any:
-    try:
-        reply = _parse_json(octets)
-    except Refused:
-        raise RelayError("A relay answered what is not JSON.") from None
-    if not isinstance(reply, dict | list):
-        raise RelayError("A relay answered neither an object nor a list.")
-    return reply
+
+def _printable(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    return "".join(char if char.isprintable() else " " for char in text[:MAX_ERROR_CHARS]).strip()
 
 
 def _retry_of(reply: Mapping[str, Any]) -> float:
     retry = reply.get("retry")
-    return min(float(retry), MAX_RETRY_S) if isinstance(retry, int | float) and retry > 0 else 0.0
+    return float(min(retry, MAX_RETRY_S)) if isinstance(retry, int | float) and retry > 0 else 0.0
 
 
 def read_mailboxes(suite: Suite, client: RelayClient, polls: Sequence[Poll],
@@ -1849,6 +1918,8 @@ def _read_mailbox(suite: Suite, client: RelayClient, poll: Poll, reply: Any) -> 
     messages: list[tuple[int, str]] = []
     for _ in range(MAX_RECEIVES):
         found = client.ask({**request, "at": messages[-1][0] if messages else poll.at})
+        if not isinstance(found, dict):
+            raise RelayError(f"{client.url} answered a list.")
         if not found.get("messages"):
             return messages
         messages += _messages_of(found["messages"])
@@ -1859,7 +1930,7 @@ def _messages_of(messages: object) -> list[tuple[int, str]]:
     pairs: list[tuple[int, str]] = []
     for message in messages if isinstance(messages, list) else [None]:
         match message:
-            case {"at": int(at), "data": str(data)}:
+            case {"at": int(at), "data": str(data)} if not isinstance(at, bool):
                 pairs.append((at, data))
             case _:
                 raise RelayError("A relay answered messages of a wrong form.")
@@ -1877,6 +1948,7 @@ BACKOFF_S = (2.0, 5.0, 15.0, 30.0, 60.0)  # after failures of a relay, one after
 JITTER = 0.25  # of every pause, so that many clients do not come back together
 SEND_FOR_S = 45.0  # what could not be sent by then, the machine sends anew
 STOP_S = 2.0  # for threads, when the runner is closed
+MAX_COMPLAINTS = 100  # remembered, so that each is logged once
 MAX_QUEUED_MESSAGES = 1_024  # of a channel, that the app has not taken: then it is closed
 
 log = logging.getLogger("connectoid")
@@ -2012,7 +2084,7 @@ class _Line:
         self._runner, self.url = runner, url
         self._poller, self._sender = RelayClient(url), RelayClient(url)
         self._letters: queue.Queue[tuple[float, Send] | None] = queue.Queue()
-        self._woken = threading.Event()
+        self._woken = self._poller.woken
         self._known: frozenset[str] = frozenset()  # the mailboxes of the last round
         self._slow = False  # a pause goes on that was meant for an idle time
         self.stun: str | None = None
@@ -2027,61 +2099,64 @@ class _Line:
         self.wake()
         self._letters.put(None)
 
-    def join(self) -> None:
+    def join(self, until_s: float) -> None:
         for thread in self._threads:
-            thread.join(STOP_S)
+            thread.join(max(0.0, until_s - _boot_time_s()))
 
     def send(self, letter: Send) -> None:
         self._letters.put((_boot_time_s() + SEND_FOR_S, letter))
 
     def wake(self) -> None:
         """Let a check begin as soon as it may, in place of one that waits."""
-        self._woken.set()
         self._poller.interrupt()
 
     def notice(self) -> None:
         """Wake if what is to be polled has changed, or is to be polled sooner."""
         hurried = self._slow and self._runner.poll_gap_s(self.url) < POLL_SLOW_S
-        if hurried or not {poll.mailbox.pub for _, poll in self._runner.polls(self.url)} <= self._known:
+        if hurried or not self._runner.mailboxes(self.url) <= self._known:
             self.wake()
 
     def _poll_on(self) -> None:
         failures = 0
         self._learn()
         while not self._runner.stopped.is_set():
-            began_s = _boot_time_s()
-            self._woken.clear()
+            began_s, least_s = _boot_time_s(), CHECK_EVERY_S
             try:
                 self._poll_once()
                 failures, pause_s = 0, max(CHECK_EVERY_S, self._runner.poll_gap_s(self.url))
-            except RelayError as error:
-                if self._woken.is_set():
-                    pause_s = CHECK_EVERY_S
-                else:
+            except (RelayError, StoreError) as error:
+                retry_s = _jittered(error.retry_s) if isinstance(error, RelayError) else 0.0
+                pause_s = least_s = max(CHECK_EVERY_S, retry_s)
+                if not self._woken.is_set():
                     self._runner.complain(str(error))
-                    pause_s = _jittered(max(error.retry_s, BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]))
+                    pause_s = max(retry_s, _jittered(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]))
                     failures += 1
-            self._rest(began_s, pause_s)
+            self._slow = failures == 0 and pause_s > CHECK_EVERY_S
+            self._rest(began_s, pause_s, least_s)
+            self._slow = False
         self._poller.close()
 
-    def _rest(self, began_s: float, pause_s: float) -> None:
+    def _rest(self, began_s: float, pause_s: float, least_s: float) -> None:
         """Wait for the rest of a pause; being woken shortens it to what a relay asks for at least."""
-        self._slow = pause_s > CHECK_EVERY_S
         if self._woken.wait(max(0.0, began_s + pause_s - _boot_time_s())):
-            self._runner.stopped.wait(max(0.0, began_s + CHECK_EVERY_S - _boot_time_s()))
-        self._slow = False
+            self._runner.stopped.wait(max(0.0, began_s + least_s - _boot_time_s()))
 
     def _learn(self) -> None:
         try:
             if self._poller.document().get("stun") is True:
                 parts = urllib.parse.urlsplit(self.url)
-                self.stun = f"stun:{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+                host = parts.netloc.rpartition(":")[0] if parts.port else parts.netloc
+                self.stun = f"stun:{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
         except RelayError as error:
             self._runner.complain(str(error))
 
     def _poll_once(self) -> None:
-        polls = self._runner.polls(self.url)
-        self._known = frozenset(poll.mailbox.pub for _, poll in polls)
+        with self._runner.changing:  # `notice` is called in it: no wake is lost, none comes for what is asked here
+            polls = self._runner.polls(self.url)
+            self._known = frozenset(poll.mailbox.pub for _, poll in polls)
+            self._woken.clear()
+        if self._runner.stopped.is_set():  # its wake may have been cleared
+            return
         for part in (polls[start:start + MAX_BATCH_CHECKS] for start in range(0, len(polls), MAX_BATCH_CHECKS)):
             wait_s = 0 if self._woken.is_set() or part != polls else WAIT_S
             read = read_mailboxes(self._runner.suite, self._poller, [poll for _, poll in part], wait_s)
@@ -2123,7 +2198,7 @@ class Connectoid:
         self._ice_servers, self._allow_http, self._now = tuple(ice_servers), allow_http, now
         self._on_event = on_event or (lambda name, event: None)
         self._events: queue.Queue[tuple[str, str] | None] = queue.Queue()
-        self._change = threading.Condition(threading.RLock())
+        self.changing = threading.Condition(threading.RLock())  # whoever touches a machine holds it
         self._contacts = {number: Contact(self.suite, kept, allow_http=allow_http)
                           for number, kept in store.load().items()}
         self._channels: dict[int, Channel] = {}
@@ -2144,20 +2219,21 @@ class Connectoid:
         self.webrtc.start(self._reported)
         for thread in self._threads:
             thread.start()
-        with self._change:
+        with self.changing:
             self._draw_lines()
 
     def close(self) -> None:
         """Disconnect all, let waiting messages go, end the threads and close the store. Idempotent."""
-        with self._change:
+        with self.changing:
             for number, contact in self._contacts.items():
                 self._do(number, contact.disconnect(self._now()))
             self.stopped.set()
-            self._change.notify_all()
+            self.changing.notify_all()
         for line in self._lines.values():
             line.stop()
+        until_s = _boot_time_s() + STOP_S
         for line in self._lines.values():
-            line.join()
+            line.join(until_s)
         self._events.put(None)
         self.webrtc.stop()
         self.store.close()
@@ -2166,7 +2242,7 @@ class Connectoid:
 
     def share(self, name: str, app_url: str) -> str:
         """Return a link for a new contact; raise UsageError for a name that is taken, or no relays."""
-        with self._change:
+        with self.changing:
             self._check_new(name)
             contact, effects = Contact.invite(self.suite, self._now(), name, self.relays, allow_http=self._allow_http)
             self._adopt(contact, effects)
@@ -2178,7 +2254,7 @@ class Connectoid:
         The same link again goes on with the contact that it made.
         """
         invitation = read_link(link, allow_http=self._allow_http)
-        with self._change:
+        with self.changing:
             for contact in self._contacts.values():
                 if contact.kept.link_hash == hash_link(invitation.text):
                     if contact.kept.role == "inviter":
@@ -2188,66 +2264,79 @@ class Connectoid:
             self._adopt(*Contact.open(self.suite, self._now(), name, invitation, relays=self.relays,
                                       allow_http=self._allow_http))
 
-    def connect(self, name: str, timeout_s: float | None = None) -> Channel:
-        """Return a channel to a contact, once it is there; raise NotConnectedError, TimeoutError, UsageError."""
+    def connect(self, name: str, timeout_s: float | None = None, *, anew: bool = True) -> Channel:
+        """Return a channel to a contact, once it is there; raise NotConnectedError, TimeoutError, UsageError.
+
+        Without `anew` it goes on with a wait that has timed out, for as long as that one would have tried.
+        """
         deadline_s = math.inf if timeout_s is None else _boot_time_s() + timeout_s
-        with self._change:
+        with self.changing:
             number = self._number(name)
             former = self._channels.get(number)
             if former is not None and not former.closed.is_set():
                 return former
-            self._do(number, self._contacts[number].connect(self._now()))
+            wanting = None if anew else self._contacts[number]
             while self._channels.get(number) is former:
                 contact = self._contacts.get(number)
+                if contact is not None and contact is not wanting:  # a new one too, in place of one not saved
+                    self._do(number, contact.connect(self._now()))
+                    wanting = contact
+                    continue
                 if contact is None or contact.kept.state in ("ended", "unshared") or self.stopped.is_set():
                     raise NotConnectedError(EVENTS.get(contact.kept.why, "") if contact else "This contact is gone.")
                 left_s = deadline_s - _boot_time_s()
                 if left_s <= 0:
                     raise TimeoutError(f"{name} is not there. {EVENTS['unanswered']}")
-                self._change.wait(min(left_s, ZERO_EVERY_S))
+                self.changing.wait(min(left_s, ZERO_EVERY_S))
             return self._channels[number]
 
     def disconnect(self, contact: int) -> None:
         """Close the connection to a contact."""
-        with self._change:
+        with self.changing:
             if contact in self._contacts:
                 self._do(contact, self._contacts[contact].disconnect(self._now()))
                 self._end_channel(contact)
 
     def unshare(self, name: str) -> None:
         """End the sharing with a contact, who is told; raise UsageError."""
-        with self._change:
+        with self.changing:
             number = self._number(name)
             self._do(number, self._contacts[number].unshare(self._now()))
             self._end_channel(number)
 
     def verify(self, name: str, *, same: bool = True) -> None:
         """Mark that the comparison strings were the same; raise UsageError."""
-        with self._change:
+        with self.changing:
             number = self._number(name)
             self._do(number, self._contacts[number].verify(self._now(), same=same))
 
     def contacts(self) -> list[Kept]:
         """Return what is kept of all contacts, tombstones left out. It holds private keys: show name and state."""
-        with self._change:
+        with self.changing:
             return [contact.kept for contact in self._contacts.values() if contact.kept.state != "unshared"]
 
     # -- What the lines ask --------------------------------------------------------------
 
+    def mailboxes(self, url: str) -> set[str]:
+        """Return the keys of all mailboxes at a relay."""
+        with self.changing:
+            return {mailbox.pub for contact in self._contacts.values() for mailbox in contact.mailboxes
+                    if mailbox.url == url}
+
     def polls(self, url: str) -> list[tuple[int, Poll]]:
         """Return what is to be polled at a relay, with the contact's id."""
-        with self._change:
-            return [(number, poll) for number, contact in self._contacts.items() for poll in contact.polls(self._now())
-                    if poll.mailbox.url == url]
+        with self.changing:
+            return [(number, poll) for number, contact in self._contacts.items()
+                    for poll in contact.polls(self._now(), url)]
 
     def poll_gap_s(self, url: str) -> float:
         """Return the seconds between two checks at a relay."""
-        with self._change:
+        with self.changing:
             return min((contact.poll_gap_s(self._now()) for contact in self._contacts.values()), default=POLL_SLOW_S)
 
     def take(self, read: Mapping[str, Sequence[tuple[int, str]]], contacts: Mapping[str, int]) -> None:
         """Give what a round has found to the contacts."""
-        with self._change:
+        with self.changing:
             for number in set(contacts.values()) & self._contacts.keys():
                 boxes = {pub: found for pub, found in read.items() if contacts[pub] == number}
                 self._do(number, self._contacts[number].polled(self._now(), boxes))
@@ -2256,6 +2345,8 @@ class Connectoid:
         """Log what a relay did, once."""
         if text not in self._complaints and not self.stopped.is_set():
             self._complaints[text] = None
+            if len(self._complaints) > MAX_COMPLAINTS:
+                del self._complaints[next(iter(self._complaints))]
             log.warning("%s", text)
 
     # -- Effects -------------------------------------------------------------------------
@@ -2269,7 +2360,7 @@ class Connectoid:
             self._contacts[number] = Contact(self.suite, self.store.load()[number], allow_http=self._allow_http)
             raise
         self._draw_lines()
-        self._change.notify_all()
+        self.changing.notify_all()
 
     def _do_one(self, number: int, effect: Effect) -> None:
         match effect:
@@ -2306,7 +2397,7 @@ class Connectoid:
         if event == "message" and channel is not None and channel.ask == ask:  # the way of all data: no machine
             channel.take(value)
             return
-        with self._change:
+        with self.changing:
             contact = self._contacts.get(number)
             if contact is None or self.stopped.is_set():
                 return
@@ -2353,7 +2444,7 @@ class Connectoid:
         return self._lines[url]
 
     def _draw_lines(self) -> None:
-        for url in {poll.mailbox.url for contact in self._contacts.values() for poll in contact.polls(self._now())}:
+        for url in {mailbox.url for contact in self._contacts.values() for mailbox in contact.mailboxes}:
             self._line(url).notice()
 
     def _end_channel(self, number: int) -> None:
@@ -2361,14 +2452,21 @@ class Connectoid:
         if channel is not None:
             channel.take(None)
 
+    def _tick(self) -> None:
+        for number, contact in list(self._contacts.items()):
+            if contact.next_tick_s <= self._now().monotonic_s:
+                self._do(number, contact.tick(self._now()))
+
     def _tick_on(self) -> None:
-        with self._change:
+        with self.changing:
             while not self.stopped.is_set():
-                for number, contact in list(self._contacts.items()):
-                    if contact.next_tick_s <= self._now().monotonic_s:
-                        self._do(number, contact.tick(self._now()))
+                try:
+                    self._tick()
+                except StoreError as error:
+                    self.complain(str(error))
+                    self.changing.wait(BACKOFF_S[0])
                 soonest_s = min((contact.next_tick_s for contact in self._contacts.values()), default=math.inf)
-                self._change.wait(max(0.05, min(soonest_s - self._now().monotonic_s, ZERO_EVERY_S)))
+                self.changing.wait(max(0.05, min(soonest_s - self._now().monotonic_s, ZERO_EVERY_S)))
 
     def _tell_on(self) -> None:
         while (event := self._events.get()) is not None:
@@ -2396,7 +2494,10 @@ class AsyncChannel:
 
     async def send(self, message: bytes | str) -> None:
         """Send a message, and wait until there is room for more; raise NotConnectedError."""
-        await self._channel.send_soon(message)
+        try:
+            await self._channel.send_soon(message)
+        except ConnectionError:
+            raise NotConnectedError("The connection is closed.") from None
 
     async def receive(self) -> bytes | str:
         """Return the next message; raise NotConnectedError once it is closed and empty."""
@@ -2434,9 +2535,11 @@ class AsyncConnectoid:
 
     async def connect(self, name: str) -> AsyncChannel:
         """Return a channel to a contact once it is there, as Connectoid.connect; asyncio.timeout ends it."""
+        connect = self.runner.connect
         while True:
             with contextlib.suppress(TimeoutError):
-                return AsyncChannel(await asyncio.to_thread(self.runner.connect, name, ASYNC_SLICE_S))
+                return AsyncChannel(await asyncio.to_thread(connect, name, ASYNC_SLICE_S))
+            connect = functools.partial(self.runner.connect, anew=False)
 
     async def unshare(self, name: str) -> None:
         """End the sharing with a contact, as Connectoid.unshare."""
@@ -2469,24 +2572,26 @@ class AiortcAdapter:
             self._aiortc = importlib.import_module("aiortc")
         except ImportError:
             raise UsageError("Connections need the package aiortc: pip install 'connectoid[webrtc]'") from None
-        self._loop = asyncio.new_event_loop()
         self._peers: dict[int, Peer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._report: Callable[[int, str, int, Any], None] = lambda *_: None
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="connectoid aiortc")
 
     def start(self, report: Callable[[int, str, int, Any], None]) -> None:
         """Begin: reports go there."""
         self._report = report
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="connectoid aiortc")
         self._thread.start()
 
     def stop(self) -> None:
         """Close all, and end. Idempotent."""
-        if self._thread.is_alive():
+        if hasattr(self, "_loop") and not self._loop.is_closed():
             with contextlib.suppress(TimeoutError):
                 asyncio.run_coroutine_threadsafe(self._drop_all(), self._loop).result(FLUSH_S + STOP_S)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(STOP_S)
+            if not self._thread.is_alive():
+                self._loop.close()
 
     def gather(self, contact: int, ask: int, offer: Mapping[str, str] | None, ice_servers: Sequence[Any]) -> None:
         """Make a peer connection and an offer, or the answer to one."""
@@ -2498,6 +2603,8 @@ class AiortcAdapter:
 
     def write(self, contact: int, ask: int, message: bytes | str) -> Future[None]:
         """Send on the data channel; the future is done when there is room for more."""
+        if self._loop.is_closed():
+            return NoWebRTC().write(contact, ask, message)
         return asyncio.run_coroutine_threadsafe(self._write(contact, ask, message), self._loop)
 
     def close(self, contact: int, ask: int) -> None:

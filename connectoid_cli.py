@@ -129,11 +129,11 @@ def running(arguments: argparse.Namespace, teller: Teller) -> Iterator[Connectoi
             teller.say(event, f"{name}: {connectoid.EVENTS[event]}", contact=name)
 
     store = Store(arguments.store, passphrase_of(arguments))
-    webrtc = None if arguments.command == "unshare" else AiortcAdapter()
-    runner = Connectoid(store, [(url, arguments.ext) for url in arguments.relay], webrtc, on_event=on_event,
-                        ice_servers=arguments.ice_server, allow_http=arguments.allow_http)
-    with runner:
-        yield runner
+    with contextlib.closing(store):
+        webrtc = None if arguments.command == "unshare" else AiortcAdapter()
+        with Connectoid(store, [(url, arguments.ext) for url in arguments.relay], webrtc, on_event=on_event,
+                        ice_servers=arguments.ice_server, allow_http=arguments.allow_http) as runner:
+            yield runner
 
 
 def connect(runner: Connectoid, arguments: argparse.Namespace, teller: Teller) -> Channel:
@@ -282,7 +282,7 @@ def passphrase_of(arguments: argparse.Namespace) -> str | None:
     """Return the store's passphrase, if it has one."""
     if arguments.passphrase_file:
         return pathlib.Path(arguments.passphrase_file).read_text(encoding="utf-8").rstrip("\n")
-    return os.environ.get("CONNECTOID_PASSPHRASE")
+    return ENVIRONMENT("CONNECTOID_PASSPHRASE") or None
 
 
 # ---------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def read_control(message: bytes | str) -> dict[str, Any]:
     """Return a control message; raise TransferError for anything else."""
     try:
         control = json.loads(message)
-    except ValueError:
+    except (ValueError, RecursionError):
         control = None
     if isinstance(message, bytes) or not isinstance(control, dict):
         raise TransferError("The other side sent what this program does not understand.")
@@ -372,7 +372,7 @@ def send(arguments: argparse.Namespace, teller: Teller) -> int:
                 send_file(channel, path, teller)
                 done.add(path)
         channel.send(json.dumps({"end": True}))
-        with contextlib.suppress(NotConnectedError):
+        with contextlib.suppress(NotConnectedError, TimeoutError):
             channel.receive(READY_S)
         return True
 
@@ -406,7 +406,7 @@ def send_file(channel: Channel, path: pathlib.Path, teller: Teller) -> None:
         raise TransferError(f"{path.name} arrived damaged, or changed while it was sent; send it again.")
     took_s = time.monotonic() - began_s
     teller.say("sent", f"{path.name}: {size:,} bytes in {took_s:.1f} s, SHA-256 {digest.hexdigest()}",
-               file=str(path), bytes=size, sha256=digest.hexdigest())
+               file=str(path), bytes=size, there_before=have, sha256=digest.hexdigest())
 
 
 def count_of(control: Mapping[str, Any], name: str, most: int) -> int:
@@ -523,7 +523,7 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Teller], int], str]] 
 ENVIRONMENT = os.environ.get
 HOME = ENVIRONMENT("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
 SHARED: Mapping[str, dict[str, Any]] = {
-    "relay": {"action": "append", "metavar": "URL", "default": ENVIRONMENT("CONNECTOID_RELAY", "").split(),
+    "relay": {"action": "append", "metavar": "URL", "default": [],
               "help": "a relay for new contacts, up to three (default: $CONNECTOID_RELAY)"},
     "ext": {"metavar": "KEY", "default": ENVIRONMENT("CONNECTOID_EXT"),
             "help": "what these relays want to see, such as an API key (default: $CONNECTOID_EXT)"},
@@ -568,6 +568,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 done, 1 failed, 2 usage, 130 interrupted."""
     arguments = make_parser().parse_args(argv)
+    arguments.relay = arguments.relay or ENVIRONMENT("CONNECTOID_RELAY", "").split()
     teller = Teller(arguments.json)
     try:
         folder = os.path.dirname(os.path.abspath(arguments.store))
@@ -575,8 +576,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[arguments.command][0](arguments, teller)
     except KeyboardInterrupt:
         return 130
-    except (ConnectoidError, TimeoutError, OSError) as error:
-        teller.say("error", f"connectoid: {error}", error=str(error))
+    except (ConnectoidError, TimeoutError, OSError, EOFError, UnicodeError) as error:  # EOFError: no passphrase typed
+        teller.say("error", f"connectoid: {error or 'nothing was typed'}", error=str(error))
         return 2 if isinstance(error, connectoid.UsageError) else 1
 
 
