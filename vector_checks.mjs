@@ -3,7 +3,7 @@
 import {
   CONTEXTS, Contact, EMOJI, LinkError, Refused, SystemSuite, checkSignature, comparisonString, decodeBase64url,
   encodeBase64url, formatAddress, hashCommitment, hashJws, makeLink, openMessage, parseAddress, prove, readJws, readLink,
-  sealMessage, signJws,
+  sealMessage,
 } from "./connectoid.js";
 
 const SUITE = new SystemSuite();
@@ -37,17 +37,50 @@ async function sameRefusal(work, wanted) {
   return value;
 }
 
-const PKCS8 = "304e020100301006072a8648ce3d020106052b81040022043730350201010430"; // before the scalar of P-384
+// P-384, as far as it takes to find the public key of a scalar: Web Crypto does not everywhere.
+const P = 2n ** 384n - 2n ** 128n - 2n ** 96n + 2n ** 32n - 1n;
+const G = [
+  0xaa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b9859f741e082542a385502f25dbf55296c3a545e3872760ab7n,
+  0x3617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147ce9da3113b5f0b8c00a60b1ce1d7e819d7a431d7c90ea0e5fn,
+];
+
+function invert(number) {
+  let [old, rest, result, next] = [P, ((number % P) + P) % P, 0n, 1n];
+  while (rest) [old, rest, result, next] = [rest, old % rest, next, result - (old / rest) * next];
+  return result;
+}
+
+function add(one, other) {
+  if (!one) return other;
+  const slope = one[0] === other[0] // doubling: no point meets its negative below the order
+    ? (3n * one[0] * one[0] - 3n) * invert(2n * one[1]) % P : (other[1] - one[1]) * invert(other[0] - one[0]) % P;
+  const x = (slope * slope - one[0] - other[0]) % P;
+  return [x, (slope * (one[0] - x) - one[1]) % P];
+}
+
+function multiply(scalar) {
+  let [point, power] = [null, G];
+  for (let left = scalar; left; left >>= 1n, power = add(power, power)) if (left & 1n) point = add(point, power);
+  return point.map((number) => encodeBase64url(fromHex(((number + P) % P).toString(16).padStart(96, "0"))));
+}
+
+const imported = new Map(); // most occur many times
 
 /** Return the key pair of a scalar in hex, as SystemSuite has it. */
-export async function importKey(scalar, name = "ECDH") {
-  const usages = { ECDH: ["deriveBits"], ECDSA: ["sign"] }[name];
-  const algorithm = { name, namedCurve: "P-384" };
-  const exportable = await crypto.subtle.importKey("pkcs8", fromHex(PKCS8 + scalar), algorithm, true, usages);
-  const { kty, crv, x, y } = await crypto.subtle.exportKey("jwk", exportable);
+export function importKey(scalar, name = "ECDH") {
+  const key = imported.get(scalar + name) ?? importNew(scalar, name);
+  imported.set(scalar + name, key);
+  return key;
+}
+
+async function importNew(scalar, name) {
+  const [x, y] = multiply(BigInt(`0x${scalar}`));
+  const [jwk, algorithm] = [{ kty: "EC", crv: "P-384", x, y }, { name, namedCurve: "P-384" }];
+  const [privateUsages, publicUsages] = name === "ECDH" ? [["deriveBits"], []] : [["sign"], ["verify"]];
+  const d = encodeBase64url(fromHex(scalar));
   return {
-    privateKey: await crypto.subtle.importKey("pkcs8", fromHex(PKCS8 + scalar), algorithm, false, usages),
-    publicKey: await crypto.subtle.importKey("jwk", { kty, crv, x, y }, algorithm, true, name === "ECDH" ? [] : ["verify"]),
+    privateKey: await crypto.subtle.importKey("jwk", { ...jwk, d }, algorithm, false, privateUsages),
+    publicKey: await crypto.subtle.importKey("jwk", jwk, algorithm, true, publicUsages),
   };
 }
 
