@@ -2074,6 +2074,9 @@ class Channel:
                 if self.closed.is_set():
                     return
                 self.closed.set()
+            elif self._came.qsize() >= MAX_QUEUED_MESSAGES:
+                threading.Thread(target=self.close, daemon=True).start()  # this one may hold up all channels
+                return
             self._listener(message)
 
 
