@@ -11,7 +11,7 @@ quick: .venv/ready
 
 check-style: .venv/ready
 	$(BIN)/ruff check .
-	$(BIN)/mypy --strict connectoid_relay.py connectoid.py connectoid_cli.py conftest.py cross_peer.py test_browser.py test_relay.py test_hosting.py test_deploy.py test_fuzz.py test_connectoid.py test_library.py test_simulation.py test_vectors.py vectors systemd bench
+	$(BIN)/mypy --strict connectoid_relay.py connectoid.py connectoid_cli.py conftest.py cross_peer.py test_browser.py test_relay.py test_hosting.py test_deploy.py test_fuzz.py test_connectoid.py test_library.py test_simulation.py test_vectors.py examples vectors systemd bench
 
 .venv/ready: setup.cfg
 	$(PYTHON) -m venv .venv

@@ -2545,6 +2545,15 @@ export class Connectoid {
     await this._run(this._number(name), (contact) => contact.unshare(this._now()));
   }
 
+  /** Delete what is kept of a contact that has ended; throw UsageError for any other. @param {string} name */
+  async forget(name) {
+    const number = this._number(name);
+    if (this._entries.get(number)?.kept.state !== "ended") {
+      throw new UsageError(`${name} is still a contact: unshare ends it.`);
+    }
+    await this._run(number, async () => [{ do: "forget" }]);
+  }
+
   /**
    * Mark whether the comparison strings were the same; throw UsageError.
    * @param {string} name @param {{same?: boolean}} [result]

@@ -2307,6 +2307,14 @@ class Connectoid:
             self._do(number, self._contacts[number].unshare(self._now()))
             self._end_channel(number)
 
+    def forget(self, name: str) -> None:
+        """Delete what is kept of a contact that has ended; raise UsageError for any other."""
+        with self.changing:
+            number = self._number(name)
+            if self._contacts[number].kept.state != "ended":
+                raise UsageError(f"{name} is still a contact: unshare ends it.")
+            self._do(number, [Forget()])
+
     def verify(self, name: str, *, same: bool = True) -> None:
         """Mark that the comparison strings were the same; raise UsageError."""
         with self.changing:

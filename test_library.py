@@ -1154,7 +1154,11 @@ def test_unshare_reaches_the_other_when_he_comes(apps: Apps, relay_url: str) -> 
     with pytest.raises(NotConnectedError, match="has ended the sharing"):
         bob.connect("Alice", SOON_S)
     assert [(kept.state, kept.why) for kept in bob.contacts()] == [("ended", "unshared")]
+    bob.forget("Alice")
+    assert bob.contacts() == []
     assert bob.share("Alice", APP_URL)
+    with pytest.raises(UsageError, match="still a contact"):
+        bob.forget("Alice")
 
 
 def test_second_who_opens_a_link_is_told_and_the_first_is_warned(apps: Apps, relay_url: str) -> None:

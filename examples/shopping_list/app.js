@@ -1,0 +1,598 @@
+// @ts-check
+/**
+ * The page: draws what model.js and sync.js know, and hands them what the user does.
+ * @module
+ */
+
+import { Keeper } from "./db.js";
+import { FullError, MAX_NAME_CHARS, MAX_QUANTITY_CHARS, MAX_TEXT_CHARS, Model, randomId, tidy } from "./model.js";
+import { makeQr, pathOf } from "./qr.js";
+import { codeImage, icon, make, onSubmit, part, prepareDialogs, reconcile, toast } from "./ui.js";
+
+const QUIET_ZONE = 2; // modules, beside the padding around the code
+const DRAW_AGAIN_MS = 30_000; // so that "5 minutes ago" stays true
+const RELAY_TIMEOUT_MS = 6_000;
+const APP_URL = new URL("./", location.href).href;
+
+// First of all: an invitation goes out of the address, where history and screenshots would keep it.
+const relayByQuery = new URLSearchParams(location.search).get("relay") ?? "";
+let invitation = takeInvitation();
+
+/** @type {Model} */
+let model;
+/** @type {import("./sync.js").Sync | null} */
+let sync = null;
+/** @type {Record<string, any>} */
+const settings = {};
+/** @type {Map<string, string>} */
+const notices = new Map();
+/** @type {Set<string>} */
+const dismissed = new Set();
+let current = ""; // the id of the list that is shown
+let chosen = ""; // the id of the item or contact that a dialog is about
+let isDrawn = false; // what comes from now on is news
+const keeper = new Keeper((words) => notify("storage", words), () => readAgain());
+
+// ---------------------------------------------------------------------------------------
+// Beginning.
+// ---------------------------------------------------------------------------------------
+
+/** Return the link in the page's address, or "", and take it out of there. */
+function takeInvitation() {
+  const link = /[#?&]connectoid=/.test(location.href) ? location.href : "";
+  if (link) history.replaceState(null, "", location.pathname);
+  return link;
+}
+
+async function begin() {
+  prepareDialogs();
+  connectParts();
+  await keeper.open();
+  const kept = await keeper.load();
+  for (const { id, value } of kept.settings) settings[id] = value;
+  if (!settings.device) await setSetting("device", randomId(11));
+  model = new Model({ device: settings.device });
+  model.merge(/** @type {any} */ (kept));
+  await keeper.write({}, { items: model.purge().map(({ id }) => id) });
+  show(settings.list);
+  draw();
+  isDrawn = true;
+  await beginSync();
+  if (invitation) await confirmInvitation();
+  setInterval(draw, DRAW_AGAIN_MS);
+}
+
+/** The lists work without it, in a browser that lacks something too. */
+async function beginSync() {
+  try {
+    const { Sync } = await import("./sync.js");
+    sync = new Sync({ model, appUrl: APP_URL, onChange: drawSoon, onNews: (words) => toast(words),
+      load: async () => (await keeper.load()).contacts, write: (put, remove) => keeper.write(put, remove) });
+    useRelay();
+    await sync.start();
+  } catch (error) {
+    console.error(error);
+    notify("sync", "Sharing does not work here: connectoid.js is missing, or this browser is too old. Your lists are safe on this device.");
+  }
+  draw();
+}
+
+async function beginOffline() {
+  if (!navigator.serviceWorker) return;
+  const policy = /** @type {any} */ (window).trustedTypes?.createPolicy("worker", { createScriptURL: () => "sw.js" });
+  await navigator.serviceWorker.register(policy ? policy.createScriptURL("") : "sw.js", { updateViaCache: "none" });
+}
+
+/** Another tab has changed something. */
+async function readAgain() {
+  if (!model) return;
+  const kept = await keeper.load();
+  const merged = model.merge(/** @type {any} */ (kept));
+  sync?.changed(merged);
+  draw();
+}
+
+// ---------------------------------------------------------------------------------------
+// What the user changes: kept, sent, drawn.
+// ---------------------------------------------------------------------------------------
+
+/** @param {{lists?: any[], items?: any[]}} changes */
+function changed({ lists = [], items = [] }) {
+  keeper.write({ lists, items });
+  sync?.changed({ lists, items });
+  draw();
+}
+
+/** @param {string} id @param {any} value */
+async function setSetting(id, value) {
+  settings[id] = value;
+  await keeper.write({ settings: [{ id, value }] });
+}
+
+/** @param {string} id of a list; another one, or none, if it is not there */
+function show(id) {
+  const lists = model.openLists();
+  current = lists.find((list) => list.id === id)?.id ?? lists[0]?.id ?? "";
+  if (current !== settings.list) setSetting("list", current);
+}
+
+/** @param {string} name */
+function addList(name) {
+  const list = model.addList(required(name, MAX_NAME_CHARS));
+  show(list.id);
+  changed({ lists: [list] });
+  part("add-text").focus();
+}
+
+function deleteList() {
+  const list = model.lists.get(current);
+  if (!list) return;
+  changed({ lists: [model.changeList(list.id, { deleted: true })] });
+  show("");
+  draw();
+  toast(`${list.name} is deleted${sharedWith(list.id).length ? ", for everybody" : ""}.`, "Undo", () => {
+    changed({ lists: [model.changeList(list.id, { deleted: false })] });
+    show(list.id);
+    draw();
+  });
+}
+
+function addItem() {
+  const [text, quantity] = [part("add-text"), part("add-quantity")];
+  try {
+    const item = model.addItem(current, required(text.value, MAX_TEXT_CHARS), tidy(quantity.value, MAX_QUANTITY_CHARS));
+    changed({ items: [item] });
+    say(`${item.text} is on the list.`);
+    text.value = quantity.value = "";
+  } catch (error) {
+    if (error instanceof FullError) toast(error.message);
+  }
+  text.focus();
+}
+
+/** @param {any[]} items */
+function deleteItems(items) {
+  changed({ items: items.map(({ id }) => model.changeItem(id, { deleted: true })) });
+  toast(items.length === 1 ? `${items[0].text} is deleted.` : `${items.length} things are off the list.`, "Undo", () => {
+    changed({ items: items.map(({ id }) => model.changeItem(id, { deleted: false })) });
+  });
+}
+
+/** @param {string} text @param {number} maxChars */
+function required(text, maxChars) {
+  const clean = tidy(text, maxChars);
+  if (!clean) throw new Error("Write something first.");
+  return clean;
+}
+
+// ---------------------------------------------------------------------------------------
+// Drawing.
+// ---------------------------------------------------------------------------------------
+
+let isDrawing = false;
+
+function drawSoon() {
+  if (!isDrawing) setTimeout(draw);
+  isDrawing = true;
+}
+
+function draw() {
+  isDrawing = false;
+  if (!model) return;
+  if (!model.lists.get(current) || model.lists.get(current)?.deleted) show("");
+  drawLists();
+  drawList();
+  drawPeople();
+  drawNotices();
+}
+
+function drawLists() {
+  reconcile(part("lists"), model.openLists(), () => {
+    const [name, count] = [make("span"), make("span", { className: "count" })];
+    const button = make("button", { type: "button" }, name, count);
+    return Object.assign(make("li", {}, button), {
+      update(/** @type {any} */ list) {
+        const left = model.itemsOf(list.id).filter(({ done }) => !done).length;
+        name.textContent = list.name;
+        count.textContent = left ? String(left) : "";
+        button.onclick = () => { show(list.id); draw(); };
+        if (list.id === current) button.setAttribute("aria-current", "true");
+        else button.removeAttribute("aria-current");
+      },
+    });
+  });
+}
+
+function drawList() {
+  const list = model.lists.get(current);
+  part("empty").hidden = Boolean(list);
+  part("list").hidden = !list;
+  if (!list) return;
+  const items = model.itemsOf(current);
+  const open = items.filter(({ done }) => !done);
+  const done = items.filter((item) => item.done);
+  part("title").textContent = list.name;
+  document.title = `${list.name} · Shopping list`;
+  const names = sharedWith(current);
+  const words = [progressOf(open.length, done.length), ...(names.length ? [`Shared with ${names.join(", ")}`] : [])];
+  part("progress").replaceChildren(...words.flatMap((text) => [make("span", {}, text), " "]));
+  part("meter").style.transform = `scaleX(${items.length ? done.length / items.length : 0})`;
+  part("nothing").hidden = open.length > 0;
+  part("nothing").textContent = done.length ? "All is in the basket." : "Nothing to buy. Add something above.";
+  part("done-part").hidden = !done.length;
+  const focused = /** @type {HTMLElement | null} */ (document.activeElement)?.closest(".items li")?.querySelector("input");
+  reconcile(part("open-items"), open, makeItem);
+  reconcile(part("done-items"), done, makeItem);
+  const same = focused && document.getElementById(focused.id); // it may have gone to the other part
+  if (same && !focused.isConnected) same.focus({ preventScroll: true });
+}
+
+/** @param {number} open @param {number} done */
+function progressOf(open, done) {
+  if (!open) return done ? "All done" : "Empty";
+  return done ? `${open} to buy, ${done} done` : `${open} to buy`;
+}
+
+/** @param {import("./model.js").Item} first */
+function makeItem(first) {
+  const box = make("input", { type: "checkbox", id: `item-${first.id}` });
+  const [text, quantity] = [make("span", { className: "text" }), make("span", { className: "quantity" })];
+  const edit = make("button", { type: "button", className: "icon-button" }, icon("edit"));
+  const item = make("li", {}, make("label", {}, box, text, quantity), edit);
+  if (isDrawn && first.by !== model.device) item.className = "fresh";
+  box.onchange = () => {
+    changed({ items: [model.changeItem(first.id, { done: box.checked })] });
+    say(box.checked ? `${text.textContent} is in the basket.` : `${text.textContent} is to buy again.`);
+  };
+  edit.onclick = () => editItem(first.id);
+  return Object.assign(item, {
+    update(/** @type {import("./model.js").Item} */ { text: words, quantity: amount, done }) {
+      text.textContent = words;
+      quantity.textContent = amount;
+      quantity.hidden = !amount;
+      box.checked = done;
+      edit.setAttribute("aria-label", `Change ${words}`);
+    },
+  });
+}
+
+function drawPeople() {
+  const people = sync?.people() ?? [];
+  const blocked = sync?.blocked ?? "";
+  part("blocked").textContent = blocked;
+  part("blocked").hidden = !blocked;
+  part("nobody").hidden = people.length > 0 || Boolean(blocked);
+  reconcile(part("people"), people, makePerson);
+}
+
+function makePerson() {
+  const names = ["avatar", "person-state", "person-lists", "warning", "verified"];
+  const [avatar, state, lists, warning, verified] = names.map((className) => make("div", { className }));
+  const [name, words] = [make("span"), make("span")];
+  warning.append(icon("warn"), words);
+  verified.append(icon("check"), "Compared");
+  avatar.setAttribute("aria-hidden", "true");
+  state.setAttribute("role", "status");
+  const buttons = Object.fromEntries([["link", "Show link"], ["compare", "Compare"], ["rename", "Rename"], ["unshare", "Unshare"],
+    ["keep", "OK"], ["drop", "Delete my copy"]].map(([key, textContent]) => (
+    [key, make("button", { type: "button", className: key === "unshare" || key === "drop" ? "quiet danger" : "quiet", textContent })])));
+  const head = make("div", { className: "person-head" }, avatar, make("div", {}, make("h3", {}, name, verified), state));
+  const card = make("li", {}, head, warning, lists, make("div", { className: "person-buttons" }, ...Object.values(buttons)));
+  return Object.assign(card, {
+    update(/** @type {any} */ person) {
+      card.className = `person ${person.tone}`;
+      avatar.textContent = [...person.nickname][0].toUpperCase();
+      name.textContent = person.nickname;
+      if (state.textContent !== person.words) state.textContent = person.words;
+      lists.textContent = listNames(person.lists);
+      lists.hidden = !lists.textContent;
+      words.textContent = `Somebody else opened your link too. Compare by voice before you trust this contact.`;
+      warning.hidden = !person.warned || person.verified || person.ended;
+      verified.hidden = !person.verified || person.ended;
+      const isGone = person.ended && person.theirs.some((/** @type {string} */ id) => model.lists.has(id));
+      const shown = { link: Boolean(person.link), compare: person.emoji.length > 0 && !person.ended, rename: !person.ended,
+        unshare: !person.ended && !sync?.blocked, keep: person.ended, drop: isGone };
+      buttons.keep.textContent = isGone ? "Keep my copy" : "OK";
+      for (const [key, isShown] of Object.entries(shown)) {
+        buttons[key].hidden = !isShown;
+        buttons[key].setAttribute("aria-label", `${buttons[key].textContent}: ${person.nickname}`);
+      }
+      Object.assign(buttons.link, { onclick: () => showLink(person.nickname, person.link) });
+      Object.assign(buttons.compare, { onclick: () => compare(person) });
+      Object.assign(buttons.rename, { onclick: () => askName(`Rename ${person.nickname}`, person.nickname, (to) => sync?.rename(person.id, to)) });
+      Object.assign(buttons.unshare, { onclick: () => askUnshare(person) });
+      Object.assign(buttons.keep, { onclick: () => sync?.dismiss(person.id, { deleteHere: false }) });
+      Object.assign(buttons.drop, { onclick: () => sync?.dismiss(person.id, { deleteHere: true }) });
+    },
+  });
+}
+
+/** @param {string[]} ids */
+function listNames(ids) {
+  return ids.map((id) => model.lists.get(id)).filter((list) => list && !list.deleted).map((list) => list?.name).join(", ");
+}
+
+/** @param {string} id of a list */
+function sharedWith(id) {
+  const people = sync?.people().filter((person) => person.lists.includes(id) && !person.ended && !person.link) ?? [];
+  return people.map(({ nickname }) => nickname);
+}
+
+function drawNotices() {
+  const pill = part("network");
+  const hasPeople = (sync?.people().length ?? 0) > 0;
+  pill.hidden = navigator.onLine;
+  pill.textContent = "Offline";
+  if (sync?.relayTrouble && hasPeople && navigator.onLine) notices.set("relay", `${sync.relayTrouble} Changes are kept, and go out later.`);
+  else notices.delete("relay");
+  const shown = [...notices].filter(([, words]) => !dismissed.has(words)).map(([id, words]) => ({ id, words }));
+  reconcile(part("notices"), shown, ({ id }) => {
+    const words = make("p");
+    const close = make("button", { type: "button", className: "icon-button", "aria-label": "Close this notice" }, "✕");
+    close.onclick = () => { dismissed.add(words.textContent); draw(); };
+    return Object.assign(make("div", { className: "notice" }, icon("warn"), words, close), {
+      update(/** @type {any} */ notice) { words.textContent = notice.words; },
+    });
+  });
+}
+
+/** @param {string} id @param {string} words */
+function notify(id, words) {
+  notices.set(id, words);
+  drawSoon();
+}
+
+/** Tell people who listen; others see it. @param {string} words */
+function say(words) {
+  part("said").textContent = words;
+}
+
+// ---------------------------------------------------------------------------------------
+// Dialogs.
+// ---------------------------------------------------------------------------------------
+
+/** @param {string} title @param {string} value @param {(name: string) => unknown} done @param {{label?: string, remove?: () => void}} [more] */
+function askName(title, value, done, { label = "Name", remove } = {}) {
+  part("name-title").textContent = title;
+  part("name-label").textContent = label;
+  part("name-text").value = value;
+  part("name-error").textContent = "";
+  part("name-delete").hidden = !remove;
+  part("name-delete").onclick = () => { part("name-dialog").close(); remove?.(); };
+  part("name-form").done = done;
+  part("name-dialog").showModal();
+  part("name-text").select();
+}
+
+function editList() {
+  const list = model.lists.get(current);
+  if (!list) return;
+  const rename = (/** @type {string} */ name) => changed({ lists: [model.changeList(list.id, { name })] });
+  askName("This list", list.name, rename, { remove: deleteList });
+}
+
+/** @param {string} id */
+function editItem(id) {
+  const item = model.items.get(id);
+  if (!item) return;
+  chosen = id;
+  part("item-text").value = item.text;
+  part("item-quantity").value = item.quantity;
+  part("item-dialog").showModal();
+}
+
+function saveItem() {
+  const text = required(part("item-text").value, MAX_TEXT_CHARS);
+  const quantity = tidy(part("item-quantity").value, MAX_QUANTITY_CHARS);
+  changed({ items: [model.changeItem(chosen, { text, quantity })] });
+}
+
+async function askShare() {
+  const known = sync?.people().filter(({ lists, ended }) => !ended && !lists.includes(current)) ?? [];
+  part("share-who").hidden = false;
+  part("share-link").hidden = true;
+  part("share-title").textContent = `Share ${model.lists.get(current)?.name}`;
+  part("share-name").value = part("share-error").textContent = "";
+  part("share-others").hidden = !known.length;
+  part("share-others-list").replaceChildren(...known.map(({ id, nickname }) => {
+    const avatar = make("span", { className: "avatar", "aria-hidden": "true" }, [...nickname][0].toUpperCase());
+    const shareToo = async () => {
+      await sync?.shareToo(id, current);
+      part("share-dialog").close();
+      toast(`Shared with ${nickname}.`);
+    };
+    return make("li", {}, make("button", { type: "button", onclick: shareToo }, avatar, nickname));
+  }));
+  if (sync?.blocked) part("share-error").textContent = sync.blocked;
+  part("share-relay").hidden = true;
+  part("share-dialog").showModal();
+  part("share-relay").hidden = Boolean(await findRelay());
+}
+
+async function share() {
+  if (!sync) throw new Error("Sharing does not work here: see the notice at the top.");
+  const name = required(part("share-name").value, MAX_NAME_CHARS);
+  if (!await findRelay()) await setRelay(part("share-relay-url").value, "");
+  const link = await sync.share(name, [current]);
+  navigator.storage?.persist?.();
+  showLink(name, link);
+  return "stay";
+}
+
+/** @param {string} name @param {string} link */
+function showLink(name, link) {
+  const grid = makeQr(link);
+  const path = pathOf(grid).replace(/M(\d+) (\d+)/g, (_, x, y) => `M${Number(x) + QUIET_ZONE} ${Number(y) + QUIET_ZONE}`);
+  part("share-who").hidden = true;
+  part("share-link").hidden = false;
+  part("share-link-title").textContent = `A link for ${name}`;
+  part("qr").replaceChildren(codeImage(path, grid.length + 2 * QUIET_ZONE, `QR code of the link for ${name}`));
+  part("share-url").value = link;
+  part("copied").textContent = "";
+  part("send").hidden = !navigator.share;
+  part("send").onclick = () => navigator.share({ title: "Shopping list", url: link }).catch(() => {}); // the user changed his mind
+  part("copy").onclick = () => copy(link);
+  if (!part("share-dialog").open) part("share-dialog").showModal();
+  part("share-link-title").focus();
+}
+
+/** @param {string} link */
+async function copy(link) {
+  part("share-url").select();
+  const isCopied = await navigator.clipboard?.writeText(link).then(() => true, () => false);
+  part("copied").textContent = isCopied ? "Copied. Paste it into a message." : "Copy the marked text.";
+}
+
+/** Ask before anything is sent: chat programs open links too. */
+async function confirmInvitation() {
+  try {
+    if (!sync) throw new Error("Sharing does not work here: see the notice at the top.");
+    sync.checkLink(invitation);
+  } catch (/** @type {any} */ error) {
+    notify("link", error.message);
+    return;
+  }
+  notices.delete("link");
+  part("connect-name").value = part("connect-error").textContent = "";
+  part("connect-dialog").showModal();
+}
+
+async function connect() {
+  await sync?.open(invitation, required(part("connect-name").value, MAX_NAME_CHARS));
+  invitation = "";
+  navigator.storage?.persist?.();
+}
+
+function openPasted() {
+  if (!sync) throw new Error("Sharing does not work here: see the notice at the top.");
+  const link = part("link-text").value;
+  sync.checkLink(link);
+  invitation = link;
+  part("link-dialog").close();
+  confirmInvitation();
+}
+
+/** @param {any} person */
+function compare(person) {
+  part("compare-title").textContent = `Compare with ${person.nickname}`;
+  part("emoji").replaceChildren(...person.emoji.map((/** @type {string[]} */ [sign, name]) => (
+    make("li", {}, make("span", { className: "sign", "aria-hidden": "true" }, sign), make("span", {}, name)))));
+  part("emoji-same").onclick = async () => {
+    part("compare-dialog").close();
+    await sync?.verify(person.id, true);
+    toast(`Nobody stands between you and ${person.nickname}.`);
+  };
+  part("emoji-differ").onclick = async () => {
+    part("compare-dialog").close();
+    await sync?.verify(person.id, false);
+    askUnshare(person, "Somebody may stand between you and read along. Unshare, then share again by another way, best face to face with the QR code.");
+  };
+  part("compare-dialog").showModal();
+}
+
+/** @param {any} person @param {string} [words] */
+function askUnshare(person, words) {
+  const has = (/** @type {string} */ id) => model.lists.has(id);
+  const [given, got] = [person.lists.filter((/** @type {string} */ id) => has(id) && !person.theirs.includes(id)), person.theirs.filter(has)];
+  chosen = person.id;
+  part("unshare-title").textContent = `Unshare with ${person.nickname}?`;
+  part("unshare-text").textContent = words ?? `Changes are not sent any more. ${person.nickname} is told.`;
+  part("unshare-there-row").hidden = !given.length || !person.connected;
+  part("unshare-there-text").textContent = `Have ${person.nickname}'s app delete its copy of ${listNames(given)}.`;
+  if (given.length && !person.connected && !person.link) {
+    part("unshare-text").textContent += ` The app there is not connected now: it will ask whether to keep the copy of ${listNames(given)}.`;
+  }
+  part("unshare-here-row").hidden = !got.length;
+  part("unshare-here-text").textContent = `Delete my copy of ${listNames(got)} here.`;
+  part("unshare-there").checked = part("unshare-here").checked = false;
+  part("unshare-dialog").showModal();
+}
+
+async function unshare() {
+  await sync?.unshare(chosen, { deleteThere: part("unshare-there").checked, deleteHere: part("unshare-here").checked });
+}
+
+// ---------------------------------------------------------------------------------------
+// The relay.
+// ---------------------------------------------------------------------------------------
+
+function useRelay() {
+  sync?.setRelay(relayByQuery || settings.relay || "", relayByQuery ? "" : settings.relayKey || "");
+}
+
+/** Return the relay for new links: the setting, or this page's own server if it is one. */
+async function findRelay() {
+  if (relayByQuery || settings.relay) return relayByQuery || settings.relay;
+  const own = `${location.origin}/`;
+  if (!await isRelay(own)) return "";
+  sync?.setRelay(own, "");
+  return own;
+}
+
+/** @param {string} url */
+async function isRelay(url) {
+  try {
+    const reply = await fetch(url, { headers: { Accept: "application/json" }, credentials: "omit", redirect: "error",
+      cache: "no-store", signal: AbortSignal.timeout(RELAY_TIMEOUT_MS) });
+    return typeof (await reply.json()).retention !== "undefined";
+  } catch {
+    return false;
+  }
+}
+
+/** Keep a relay that answers; throw an error for another. @param {string} text @param {string} key */
+async function setRelay(text, key) {
+  const url = text.trim() && new URL(text.trim()).href;
+  if (url && !/^https:|^http:\/\/(localhost|127\.)/.test(url)) throw new Error("A relay is asked over https: its address begins with https://.");
+  if (!url && part("share-dialog").open) throw new Error("Without a relay the two devices cannot find each other: write the address of one.");
+  if (url && navigator.onLine && !await isRelay(url)) throw new Error("No relay answers at this address. Check it, and try again.");
+  await setSetting("relay", url);
+  await setSetting("relayKey", key);
+  useRelay();
+}
+
+function askSettings() {
+  part("relay-url").value = settings.relay ?? "";
+  part("relay-key").value = settings.relayKey ?? "";
+  part("settings-error").textContent = "";
+  part("settings-dialog").showModal();
+}
+
+// ---------------------------------------------------------------------------------------
+// Buttons and forms.
+// ---------------------------------------------------------------------------------------
+
+function connectParts() {
+  const clicks = {
+    "open-settings": askSettings, "edit-list": editList, share: askShare,
+    "new-list": () => askName("New list", "", addList),
+    "have-link": () => { part("link-text").value = part("link-error").textContent = ""; part("link-dialog").showModal(); },
+    "clear-done": () => deleteItems(model.itemsOf(current).filter(({ done }) => done)),
+    "item-delete": () => { part("item-dialog").close(); deleteItems([/** @type {any} */ (model.items.get(chosen))]); },
+  };
+  for (const [id, act] of Object.entries(clicks)) part(id).addEventListener("click", act);
+  part("add").addEventListener("submit", (/** @type {Event} */ event) => { event.preventDefault(); addItem(); });
+  part("first-list").addEventListener("submit", (/** @type {Event} */ event) => {
+    event.preventDefault();
+    addList(part("first-name").value || "Groceries");
+  });
+  onSubmit("share-form", "share-error", share);
+  onSubmit("connect-form", "connect-error", connect);
+  onSubmit("link-form", "link-error", openPasted);
+  onSubmit("name-form", "name-error", () => part("name-form").done(required(part("name-text").value, MAX_NAME_CHARS)));
+  onSubmit("item-form", "", saveItem);
+  onSubmit("unshare-form", "", unshare);
+  onSubmit("settings-form", "settings-error", () => setRelay(part("relay-url").value, part("relay-key").value.trim()));
+  window.addEventListener("hashchange", () => {
+    invitation = takeInvitation() || invitation;
+    if (invitation) confirmInvitation();
+  });
+  for (const event of ["online", "offline"]) window.addEventListener(event, draw);
+}
+
+begin().catch((error) => {
+  console.error(error);
+  notify("broken", "This page could not start. Load it again; if that does not help, use a newer browser.");
+  drawNotices();
+});
+beginOffline().catch(() => {}); // it works online all the same

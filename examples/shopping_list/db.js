@@ -1,0 +1,80 @@
+// @ts-check
+/**
+ * What this device keeps: IndexedDB, read once and written with every change. Other tabs of the page are told.
+ * @module
+ */
+
+const KINDS = ["lists", "items", "contacts", "settings"];
+
+/** @template T @param {IDBRequest<T>} request @returns {Promise<T>} */
+const done = (request) => new Promise((resolve, reject) => {
+  request.onsuccess = () => resolve(request.result);
+  request.onerror = () => reject(request.error);
+});
+
+/** @param {IDBTransaction} transaction */
+function abort(transaction) {
+  try {
+    transaction.abort();
+  } catch {
+    // it is over already
+  }
+}
+
+/** A sentence for the user. @param {any} error */
+function wordsFor(error) {
+  return error?.name === "QuotaExceededError"
+    ? "The storage of this browser is full. What you changed last is in this tab only: free some space, then change it again."
+    : "This browser keeps nothing for this page. Allow it to, or leave private browsing: until then your lists are in this tab only.";
+}
+
+export class Keeper {
+  /**
+   * @param {(words: string) => void} onProblem is called when something could not be kept
+   * @param {() => void} onElsewhere is called when another tab has changed something
+   */
+  constructor(onProblem, onElsewhere) {
+    this._onProblem = onProblem;
+    /** @type {IDBDatabase | null} */
+    this._db = null;
+    this._tabs = new BroadcastChannel("shopping_list");
+    this._tabs.onmessage = onElsewhere;
+  }
+
+  /** Open the database; without one everything works until the tab is closed. */
+  async open(name = "shopping_list") {
+    try {
+      const request = indexedDB.open(name, 1);
+      request.onupgradeneeded = () => KINDS.forEach((kind) => request.result.createObjectStore(kind, { keyPath: "id" }));
+      this._db = await done(request);
+    } catch (error) {
+      this._onProblem(wordsFor(error));
+    }
+  }
+
+  /** Return all records, by kind. @returns {Promise<Record<string, any[]>>} */
+  async load() {
+    if (!this._db) return Object.fromEntries(KINDS.map((kind) => [kind, []]));
+    const transaction = this._db.transaction(KINDS);
+    const found = await Promise.all(KINDS.map((kind) => done(transaction.objectStore(kind).getAll())));
+    return Object.fromEntries(KINDS.map((kind, place) => [kind, found[place]]));
+  }
+
+  /** Keep records, by kind, and delete ids, by kind, all or nothing. @param {Record<string, any[]>} put @param {Record<string, string[]>} [remove] */
+  async write(put, remove = {}) {
+    const transaction = this._db?.transaction(KINDS, "readwrite");
+    if (!transaction) return;
+    try {
+      for (const [kind, records] of Object.entries(put)) for (const record of records) transaction.objectStore(kind).put(record);
+      for (const [kind, ids] of Object.entries(remove)) for (const id of ids) transaction.objectStore(kind).delete(id);
+      await new Promise((resolve, reject) => {
+        transaction.oncomplete = resolve;
+        transaction.onabort = () => reject(transaction.error);
+      });
+      this._tabs.postMessage("changed");
+    } catch (error) {
+      abort(transaction);
+      this._onProblem(wordsFor(error));
+    }
+  }
+}
