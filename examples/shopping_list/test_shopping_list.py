@@ -167,7 +167,7 @@ class User:
 UserMaker = Callable[..., User]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def driver() -> Iterator[Any]:
     """Return Playwright."""
     with playwright.sync_playwright() as started:
