@@ -11,7 +11,7 @@ quick: .venv/ready
 
 check-style: .venv/ready
 	$(BIN)/ruff check .
-	$(BIN)/mypy --strict connectoid_relay.py connectoid.py connectoid_cli.py conftest.py cross_peer.py test_browser.py test_relay.py test_hosting.py test_deploy.py test_fuzz.py test_connectoid.py test_library.py test_simulation.py test_vectors.py examples vectors systemd bench
+	$(BIN)/mypy --strict connectoid_relay.py connectoid.py connectoid_admin.py connectoid_cli.py conftest.py cross_peer.py test_admin.py test_browser.py test_relay.py test_hosting.py test_deploy.py test_fuzz.py test_connectoid.py test_library.py test_simulation.py test_vectors.py deploy examples vectors systemd bench
 
 .venv/ready: setup.cfg
 	$(PYTHON) -m venv .venv
@@ -28,7 +28,11 @@ bench: .venv/ready
 bench-quick: .venv/ready
 	$(BIN)/python bench/compare.py --quick
 
+# The installer in a clean Debian made by debootstrap, booted where systemd-nspawn can. Two to three minutes, as root.
+install-test:
+	sh deploy/install_test.sh
+
 clean:
 	rm -rf .venv bench/node_modules build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: bench bench-quick check check-style clean quick
+.PHONY: bench bench-quick check check-style clean install-test quick

@@ -3017,6 +3017,7 @@ def _begin_wsgi(relay: Relay, head: Head, environ: Mapping[str, Any], proxies: N
 # ---------------------------------------------------------------------------------------
 
 SPARE_FILES = 64  # beside the connections: the database, the log, what is lingering
+PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.NOTSET, 6))  # as in syslog(3), from which level on
 FIRST_INHERITED = 3  # sd_listen_fds(3): the number of the first file that systemd hands over
 
 
@@ -3153,6 +3154,26 @@ def inherited_sockets() -> list[socket.socket]:
     return sockets
 
 
+class JournalFormatter(logging.Formatter):
+    """Begin each line with its level, as journald reads it (sd-daemon(3)), for `journalctl -p warning`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record, those of a traceback too."""
+        priority = next(number for level, number in PRIORITIES if record.levelno >= level)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+def log_to_stderr() -> None:
+    """Have the log on stderr, with levels where that is journald's, which says so (systemd.exec(5))."""
+    handler = logging.StreamHandler()
+    with contextlib.suppress(OSError):
+        stderr = os.fstat(sys.stderr.fileno())
+        if os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}":
+            handler.setFormatter(JournalFormatter())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+
+
 class Settings(NamedTuple):
     """What is read again on SIGHUP."""
 
@@ -3177,7 +3198,7 @@ def reread_when_asked(asked: threading.Event, arguments: argparse.Namespace, ser
         except Exception:  # whatever it is, the next one asked for is read
             log.exception("reading the files failed; please report this")
         else:
-            log.warning("connectoid relay: read the files again")
+            log.info("connectoid relay: read the files again")
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -3197,7 +3218,7 @@ def serve(arguments: argparse.Namespace) -> None:
         handle_signals(server, asked := threading.Event())
         threading.Thread(target=reread_when_asked, args=(asked, arguments, server), daemon=True).start()
         host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
-        log.warning("connectoid relay %s listening on %s://%s:%d", __version__, "https" if tls else "http", host,
+        log.info("connectoid relay %s listening on %s://%s:%d", __version__, "https" if tls else "http", host,
                     server.server_port)
         notify("READY=1")
         server.serve_forever()
@@ -3221,7 +3242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
         parser.error("--tls-cert and --tls-key go together")
-    logging.basicConfig(format="%(message)s")
+    log_to_stderr()
     try:
         serve(arguments)
     except (StoreError, SettingError) as error:

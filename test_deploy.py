@@ -1768,3 +1768,26 @@ def client_post(connect: Connect, request: object) -> tuple[int, Any]:
     """Post a request on a connection of its own."""
     with connect() as client:
         return client.post(request)
+
+
+def test_log_has_levels_for_journald_and_none_for_people(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for told, first in ((True, "<6>connectoid relay "), (False, "connectoid relay ")):
+        with log.open("w") as stderr:
+            status = os.fstat(stderr.fileno())
+            stream = f"{status.st_dev}:{status.st_ino if told else 0}"
+            process = subprocess.Popen([*RELAY, "--port", "0", "--db", ":memory:"], stderr=stderr,
+                                       env={**os.environ, "JOURNAL_STREAM": stream})
+            wait_until(lambda: "listening on" in log.read_text())
+            process.terminate()
+            assert process.wait(10) == 0
+        assert log.read_text().startswith(first)
+
+
+def test_error_has_its_level_for_journald(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as stderr:
+        status = os.fstat(stderr.fileno())
+        finished = subprocess.run([*RELAY, "--port", "0", "--db", "/nowhere/relay.db"], stderr=stderr, check=False,
+                                  env={**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"})
+    assert finished.returncode == 1
+    assert (tmp_path / "log").read_text().startswith("<3>connectoid relay: /nowhere/relay.db: No such file")

@@ -1,0 +1,192 @@
+#!/bin/sh
+# Install, upgrade or remove the relay on Debian 12 or Raspberry Pi OS, from a checkout. It
+# does what README.md, "On a VPS, under systemd", does by hand, and may come after that; done
+# twice it changes nothing. What a host wrote or the relay keeps goes with --purge alone.
+set -eu
+umask 022
+
+home=/opt/connectoid
+settings=/etc/connectoid
+units=/etc/systemd/system
+admin=/usr/local/bin/connectoid-admin
+state=/var/lib/connectoid-relay
+service=connectoid-relay.service
+socket=connectoid-relay.socket
+needs='cryptography>=47' # the first with HPKE
+checkout=$(cd "$(dirname "$0")/.." && pwd)
+changed='' # what a running relay does not know yet
+new_socket=''
+
+usage() {
+    cat <<'WORDS'
+usage: install.sh install [--flags TEXT] | upgrade | remove [--purge]
+
+install   Python's virtual environment, relay, connectoid-admin, units, group; start the relay.
+          --flags are the relay's, for /etc/connectoid/relay.env if there is none yet
+          (default: --port 8080)
+upgrade   the same over what is installed; the relay restarts if something has changed
+remove    all that was installed; settings and messages stay, but with --purge
+WORDS
+}
+
+say() { echo "install.sh: $1"; }
+
+fail() {
+    echo "install.sh: $1" >&2
+    exit "${2:-1}"
+}
+
+# In a chroot or an image that is being built nothing can be started, only enabled.
+systemd_runs() { [ -d /run/systemd/system ]; }
+
+check_checkout() {
+    for file in connectoid_relay.py connectoid_admin.py systemd/connectoid-certificate "systemd/$service" "systemd/$socket"; do
+        [ -f "$checkout/$file" ] || fail "$checkout has no $file: run this from a whole checkout"
+    done
+}
+
+# Copy a file, with a mode, if it is not there as it is; a relay that runs has to be told.
+put() {
+    if [ -f "$3" ] && cmp -s "$2" "$3"; then return; fi
+    install -D -m "$1" "$2" "$3"
+    changed=yes
+}
+
+find_python() {
+    command -v python3 >/dev/null || get_package python3
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "$(python3 --version) is too old: it takes 3.11, which Debian 12 has"
+    python3 -c 'import ensurepip, venv' 2>/dev/null || get_package python3-venv
+}
+
+get_package() {
+    command -v apt-get >/dev/null || fail "install $1 first"
+    say "installing $1"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >/dev/null
+}
+
+# A new release of Debian has another Python, of which the old environment knows nothing.
+make_environment() {
+    version='import sys, ensurepip; print(sys.version_info[:2])'
+    whole='import sys, pip; print(sys.version_info[:2])' # it may have been interrupted
+    if [ "$("$home/bin/python" -c "$whole" 2>/dev/null)" != "$(python3 -c "$version")" ]; then
+        say "making a virtual environment in $home"
+        python3 -m venv --clear "$home"
+        changed=yes
+    fi
+    before=$("$home/bin/pip" freeze)
+    "$home/bin/pip" install --quiet --disable-pip-version-check ${1:+"$1"} "$needs"
+    [ "$before" = "$("$home/bin/pip" freeze)" ] || changed=yes
+}
+
+put_files() {
+    put 0644 "$checkout/connectoid_relay.py" "$home/connectoid_relay.py"
+    put 0644 "$checkout/connectoid_admin.py" "$home/connectoid_admin.py"
+    put 0755 "$checkout/systemd/connectoid-certificate" "$home/connectoid-certificate"
+    put 0644 "$checkout/systemd/$service" "$units/$service"
+    cmp -s "$checkout/systemd/$socket" "$units/$socket" || new_socket=yes
+    put 0644 "$checkout/systemd/$socket" "$units/$socket"
+    mkdir -p "$(dirname "$admin")"
+    # -I: nothing from the folder where it is typed, and root's environment, gets in.
+    cat >"$admin.new" <<WORDS
+#!/bin/sh
+export STATE_DIRECTORY="\${STATE_DIRECTORY:-$state}"
+exec $home/bin/python -I -c 'import sys; sys.path.insert(0, "$home"); sys.argv[0] = "connectoid-admin"
+from connectoid_admin import main; sys.exit(main())' "\$@"
+WORDS
+    chmod 0755 "$admin.new"
+    mv -f "$admin.new" "$admin"
+}
+
+put_settings() {
+    getent group connectoid >/dev/null || groupadd --system connectoid
+    install -d -m 0750 -o root -g connectoid "$settings"
+    if [ -f "$settings/relay.env" ]; then
+        [ -z "$1" ] || say "$settings/relay.env stays as it is; --flags are for a new one"
+    else
+        echo "FLAGS=${1:---port 8080}" >"$settings/relay.env"
+    fi
+}
+
+start() {
+    if ! systemd_runs; then
+        ! command -v systemctl >/dev/null || systemctl enable --quiet "$service"
+        say "systemd does not run here: the relay starts with the machine"
+        return
+    fi
+    systemctl daemon-reload
+    systemctl enable --quiet "$service"
+    if [ "$new_socket" ] && systemctl is-active --quiet "$socket"; then
+        systemctl stop "$service" "$socket" # it is refused while the service has the port
+        systemctl start "$socket"
+    fi
+    if [ "$changed" ]; then systemctl restart "$service"; else systemctl start "$service"; fi ||
+        fail "the relay does not start: journalctl -u connectoid-relay -n 20"
+    say "the relay runs; sudo connectoid-admin check looks at it"
+}
+
+put_all() {
+    check_checkout
+    find_python
+    make_environment "$1"
+    put_files
+    put_settings "$2"
+    start
+}
+
+remove_units() {
+    for unit in "$service" "$socket"; do
+        [ -f "$units/$unit" ] || continue
+        if systemd_runs; then
+            systemctl disable --quiet --now "$unit"
+        elif command -v systemctl >/dev/null; then
+            systemctl disable --quiet "$unit"
+        fi
+        rm -f "${units:?}/$unit"
+    done
+    ! systemd_runs || systemctl daemon-reload
+}
+
+remove() {
+    remove_units
+    rm -rf "${home:?}" "$admin"
+    if [ "$1" ]; then
+        # The first of the two is a link to the second under systemd.
+        rm -rf "${state:?}" /var/lib/private/connectoid-relay "${settings:?}" "$units/$socket.d" "$units/$service.d" \
+            /etc/cron.d/connectoid-certificate
+        ! getent group connectoid >/dev/null || groupdel connectoid
+        say "removed, with settings and messages"
+    else
+        say "removed; settings are in $settings, messages in $state"
+    fi
+}
+
+main() {
+    command=${1:-}
+    [ $# = 0 ] || shift
+    flags='' purge=''
+    while [ $# -gt 0 ]; do
+        case "$command $1" in
+            'install --flags') [ $# -gt 1 ] || fail '--flags needs a text' 2; flags=$2; shift ;;
+            'remove --purge') purge=yes ;;
+            *) fail "what is $1? ($0 --help)" 2 ;;
+        esac
+        shift
+    done
+    case $command in
+        install | upgrade | remove) [ "$(id -u)" = 0 ] || fail 'only root can do this: use sudo' ;;
+        -h | --help) usage; exit 0 ;;
+        *) usage >&2; exit 2 ;;
+    esac
+    case $command in
+        install) put_all '' "$flags" ;;
+        upgrade)
+            [ -f "$home/connectoid_relay.py" ] || fail 'nothing is installed: install.sh install'
+            put_all --upgrade ''
+            ;;
+        remove) remove "$purge" ;;
+    esac
+}
+
+main "$@"
