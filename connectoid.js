@@ -55,6 +55,7 @@ const DAY_US = 86_400_000_000;
 const INVITATION_US = 30 * DAY_US; // how long a link is good, and somebody else who opens it is told
 const TOMBSTONE_US = 30 * DAY_US; // how long a former contact is told
 const ROTATION_US = 30 * DAY_US; // the age at which an address is replaced
+const CROWDED_MESSAGES = 16; // in a mailbox: half of what a relay keeps there of one source
 const NEVER_US = Infinity;
 const RELEASE_US = 1_795_392_000_000_000; // 2026-11-23: a clock that shows less is wrong
 
@@ -764,7 +765,7 @@ const BLANK = {
   verified: false, // the user has compared: true for this pair of signing keys
   seq: 0, // the last that was sent
   seenSeq: 0, // the last that was accepted
-  usedSent: 0,
+  usedTo: /** @type {string[]} */ ([]), // the hashes of other hellos that were answered, one for each reply
   why: "", // it ended: a key of EVENTS
 };
 
@@ -926,6 +927,8 @@ export class Contact {
     this._asks = []; // numbered messages of a round
     /** @type {Map<string, number>} */
     this._ats = new Map(); // cursors, by mailbox
+    /** @type {Map<string, number>} */
+    this._held = new Map(); // messages in a mailbox, as far as is known
     /** @type {Map<string, number>} */
     this._readS = new Map(); // when a mailbox was last read to its end
     /** @type {Map<string, number>} */
@@ -1223,7 +1226,9 @@ export class Contact {
     for (const [, data] of boxed) {
       await this._orDrop(async () => void found.push({ message: await this._read(own, key, data), own, fresh }));
     }
-    if (this._askedZero.has(pub) || !this._ats.has(pub)) this._fromZeroS.set(pub, nowS);
+    const zero = this._askedZero.has(pub) || !this._ats.has(pub);
+    if (zero) this._fromZeroS.set(pub, nowS);
+    this._held.set(pub, (zero ? 0 : this._held.get(pub) ?? 0) + boxed.length);
     this._readS.set(pub, nowS);
     this._ats.set(pub, Math.max(this._ats.get(pub) ?? 0, ...boxed.map(([at]) => at)));
     return found;
@@ -1344,10 +1349,7 @@ export class Contact {
    */
   async _greet(message, fresh) {
     if (message.hash !== this.kept.helloHash) {
-      if (!this._effects.some((effect) => effect.do === "tell" && effect.event === "opened_twice")) {
-        this._do({ do: "tell", event: "opened_twice" });
-      }
-      return this._refuse(message);
+      return this._warn(message, fresh);
     }
     if (this.kept.welcome && this._mayRepeat("welcome")) {
       await this._post(message.payload.connectoid, this.kept.welcome);
@@ -1357,10 +1359,22 @@ export class Contact {
     return this.kept.state;
   }
 
-  /** Say that the link is used: with r, which proves it. @param {Message} message */
-  async _refuse(message) {
-    if (this.kept.usedSent < MAX_USED && this._mayRepeat("used")) {
-      this._keep({ usedSent: this.kept.usedSent + 1 });
+  /** Tell the app once of another who has the link, and him that it is used. @param {Message} message @param {boolean} fresh */
+  async _warn(message, fresh) {
+    const told = this._effects.some((effect) => effect.do === "tell" && effect.event === "opened_twice");
+    if (!told && (fresh || !this.kept.usedTo.includes(message.hash))) this._do({ do: "tell", event: "opened_twice" });
+    return this._refuse(message, fresh);
+  }
+
+  /**
+   * Say that the link is used: with r, which proves it. What a restart reads again was answered before.
+   * @param {Message} message @param {boolean} fresh
+   */
+  async _refuse(message, fresh) {
+    const { usedTo } = this.kept;
+    const again = usedTo.includes(message.hash) && !fresh;
+    if (!again && usedTo.length < MAX_USED && this._mayRepeat("used")) {
+      this._keep({ usedTo: [...usedTo, message.hash] });
       await this._sendUsed(message.payload.connectoid, message.hash);
     }
     return this.kept.state;
@@ -1668,6 +1682,14 @@ export class Contact {
     return true;
   }
 
+  /** Whether the address is old (also by a clock that was ahead), or fuller than a relay may let it become. */
+  _isRotationDue() {
+    const ageUs = this._now.wallUs - this.kept.rotatedUs;
+    const current = this.kept.current ? pairs(this.kept.current) : [];
+    const crowded = current.some(([mailbox]) => (this._held.get(mailbox.pub) ?? 0) >= CROWDED_MESSAGES);
+    return crowded || ageUs < 0 || ageUs >= ROTATION_US;
+  }
+
   async _rotate(relays = this.kept.relays) {
     const pending = await makeOwn(this._suite, relays, this._allowed);
     // An address that was announced and not yet used stays polled: the contact may know no other.
@@ -1685,9 +1707,7 @@ export class Contact {
    * @param {string} kind @param {string | null} re @param {object} [members]
    */
   async _say(kind, re, members) {
-    const ageUs = this._now.wallUs - this.kept.rotatedUs;
-    const due = ageUs < 0 || ageUs >= ROTATION_US; // less by a clock that was ahead
-    if (due && !this.kept.pending && this.kept.relays.length) await this._rotate();
+    if (!this.kept.pending && this.kept.relays.length && this._isRotationDue()) await this._rotate();
     const jws = await this._sign(kind, this.kept.contactAddress, re, members);
     await this._post(this.kept.contactAddress, jws);
     return hashJws(jws);

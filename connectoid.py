@@ -21,9 +21,11 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 __all__ = [
-    "CONNECTING", "CONTEXTS", "EMOJI", "EVENTS", "PAIRING", "REASONS", "Close", "ConnectoidError", "Contact", "Effect",
-    "Forget", "Gather", "Invitation", "Join", "Kept", "LinkError", "Mailbox", "Message", "Now", "Own", "Poll",
-    "RecordError", "Refused", "Rule", "Save", "Send", "Suite", "SystemSuite", "Tell", "UsageError", "Write",
+    "CONNECTING", "CONTEXTS", "EMOJI", "EVENTS", "PAIRING", "REASONS", "AiortcAdapter", "AsyncChannel",
+    "AsyncConnectoid", "Channel", "Close", "Connectoid", "ConnectoidError", "Contact", "Effect", "Forget", "Gather",
+    "Invitation", "Join", "Kept", "LinkError", "Mailbox", "Message", "NotConnectedError", "Now", "Own", "Poll",
+    "RecordError", "Refused", "RelayClient", "RelayError", "Rule", "Save", "Send", "Store", "StoreError", "Suite",
+    "SystemSuite", "Tell", "UsageError", "WebRTC", "Write",
     "comparison_string", "format_address", "hash_jws", "make_link", "open_message", "parse_address",
     "parse_invitation", "prove", "read_jws", "read_link", "seal_message", "sign_jws",
 ]
@@ -106,6 +108,7 @@ DAY_US = 86_400_000_000
 INVITATION_US = 30 * DAY_US  # how long a link is good, and somebody else who opens it is told
 TOMBSTONE_US = 30 * DAY_US  # how long a former contact is told
 ROTATION_US = 30 * DAY_US  # the age at which an address is replaced
+CROWDED_MESSAGES = 16  # in a mailbox: half of what a relay keeps there of one source
 NEVER_US = 2**63 - 1
 RELEASE_US = 1_795_392_000_000_000  # 2026-11-23: a clock that shows less is wrong
 
@@ -659,7 +662,7 @@ class Kept:
     verified: bool = False  # the user has compared: true for this pair of signing keys
     seq: int = 0  # the last that was sent
     seen_seq: int = 0  # the last that was accepted
-    used_sent: int = 0
+    used_to: tuple[str, ...] = ()  # the hashes of other hellos that were answered, one for each reply
     why: str = ""  # it ended: a key of EVENTS
 
     def to_json(self) -> str:
@@ -685,7 +688,8 @@ class Kept:
             if members.pop("version") != RECORD_VERSION:
                 raise RecordError("A saved contact is of another version of Connectoid.")
             members["relays"] = tuple((url, ext) for url, ext in members["relays"])
-            members["comparison"] = tuple(members["comparison"])
+            for name in ("comparison", "used_to"):
+                members[name] = tuple(members[name])
             for name in ("invited", "current", "pending", "former"):
                 own = members[name]
                 members[name] = None if own is None else Own(own["address"], tuple(own["keys"]))
@@ -906,6 +910,7 @@ class Contact:
         self._read_s: dict[str, float] = {}  # when a mailbox was last read to its end
         self._from_zero_s: dict[str, float] = {}
         self._asked_zero: set[str] = set()  # mailboxes whose check under way is from 0
+        self._held: collections.Counter[str] = collections.Counter()  # messages in a mailbox, as far as is known
         self._seen: dict[bytes, None] = {}
 
     # -- Beginnings --------------------------------------------------------------------
@@ -1119,6 +1124,8 @@ class Contact:
         if pub in self._asked_zero or pub not in self._ats:
             self._asked_zero.discard(pub)
             self._from_zero_s[pub] = self._now.monotonic_s
+            self._held[pub] = 0
+        self._held[pub] += len(boxed)
         self._read_s[pub] = self._now.monotonic_s
         self._ats[pub] = max([self._ats.get(pub, 0), *(at for at, _ in boxed)])
 
@@ -1208,19 +1215,24 @@ class Contact:
     def _greet(self, message: Message, fresh: bool) -> str:
         """Repeat the welcome to the hello that counts, and refuse all others."""
         if message.hash != self.kept.hello_hash:
-            if Tell("opened_twice") not in self._effects:
-                self._effects.append(Tell("opened_twice"))
-            return self._refuse(message, fresh)
+            return self._warn(message, fresh)
         if self.kept.welcome and self._may_repeat("welcome"):
             self._post(message.payload["connectoid"], self.kept.welcome)
         elif not self.kept.welcome and self._attempt.state == "apart":
             self._welcome_for(message, fresh)
         return self.kept.state
 
+    def _warn(self, message: Message, fresh: bool) -> str:
+        """Tell the app once of another who has the link, and him that it is used."""
+        if (fresh or message.hash not in self.kept.used_to) and Tell("opened_twice") not in self._effects:
+            self._effects.append(Tell("opened_twice"))
+        return self._refuse(message, fresh)
+
     def _refuse(self, message: Message, fresh: bool) -> str:
-        """Say that the link is used: with r, which proves it."""
-        if self.kept.used_sent < MAX_USED and self._may_repeat("used"):
-            self._keep(used_sent=self.kept.used_sent + 1)
+        """Say that the link is used: with r, which proves it. What a restart reads again was answered before."""
+        again = message.hash in self.kept.used_to and not fresh
+        if not again and len(self.kept.used_to) < MAX_USED and self._may_repeat("used"):
+            self._keep(used_to=(*self.kept.used_to, message.hash))
             self._send_used(message.payload["connectoid"], message.hash)
         return self.kept.state
 
@@ -1487,14 +1499,20 @@ class Contact:
                    rotated_us=self._now.wall_us)
         self._note_new(pending, self._now)
 
+    def _is_rotation_due(self) -> bool:
+        """Say whether the address is old (also by a clock that was ahead), or fuller than a relay may let it become."""
+        age_us = self._now.wall_us - self.kept.rotated_us
+        crowded = self.kept.current and any(self._held[mailbox.pub] >= CROWDED_MESSAGES
+                                            for mailbox in self.kept.current.mailboxes)
+        return bool(crowded) or not 0 <= age_us < ROTATION_US
+
     def _note_new(self, own: Own, now: Now) -> None:
         """Remember that a mailbox that did not exist before now holds nothing older."""
         self._read_s.update((mailbox.pub, now.monotonic_s) for mailbox in own.mailboxes)
 
     def _say(self, kind: str, re: str | None, **members: Any) -> str:
         """Send a numbered message to the contact; return its hash."""
-        due = not 0 <= self._now.wall_us - self.kept.rotated_us < ROTATION_US  # nor by a clock that was ahead
-        if due and self.kept.pending is None and self.kept.relays:
+        if self.kept.pending is None and self.kept.relays and self._is_rotation_due():
             self._rotate()
         jws = self._sign(kind, self.kept.contact_address, re, **members)
         self._post(self.kept.contact_address, jws)

@@ -67,6 +67,7 @@ from connectoid import (
     seal_message,
     sign_jws,
 )
+from connectoid_relay import SOURCE_SHARE, Limits
 
 RELAY = "https://relay.example.com/"
 OTHER_RELAY = "https://other.example.net/connectoid"
@@ -931,7 +932,7 @@ def test_welcome_is_one_and_the_same_bytes_at_most_once_a_minute(toy: World, sta
     welcomes = [opened_with(toy, newest(bob).keys, sealed) for _, sealed in toy.boxes[newest(bob).mailboxes[0].pub]]
     assert len(welcomes) in (5, 6)
     assert set(welcomes) == {alice.kept.welcome}
-    assert alice.kept.used_sent == 0
+    assert alice.kept.used_to == ()
 
 
 def test_bob_makes_one_hello_and_only_ever_sends_those_bytes(toy: World) -> None:
@@ -1257,7 +1258,7 @@ def test_flood_of_hellos_gets_one_used_a_minute_and_ten_for_the_invitation(toy: 
     used = mallory.received()
     assert {message.type for message in used} == {"used"}
     assert len(used) == connectoid.MAX_USED == 10
-    assert alice.kept.used_sent == 10
+    assert len(alice.kept.used_to) == 10
     old = alice.restarted()
     old.take(toy.seal(link.address, mallory.hello(link)), address=link.address)
     assert len(mallory.received()) == 10
@@ -1274,13 +1275,29 @@ def test_used_goes_out_once_a_minute(toy: World) -> None:
     assert sent == [1, 0, 0, 1, 0, 0, 1]
 
 
+def test_used_is_not_said_again_to_what_a_restart_reads_again(toy: World) -> None:
+    """An app that is started often would else spend the ten on one stranger."""
+    alice, _ = paired(toy)
+    link, mallory = link_of(alice), Attacker(toy)
+    sealed = toy.seal(link.address, mallory.hello(link))
+    for expected in ([1, 1], [0, 0], [0, 0]):
+        effects = alice.take(sealed, address=link.address)
+        assert [count(Send, effects), count(Tell, effects)] == expected
+        toy.advance(120)
+        alice = alice.restarted()
+    assert len(alice.kept.used_to) == 1
+    alice.poll()
+    again = alice.take(toy.seal(link.address, mallory.hello(link)), address=link.address)
+    assert [count(Send, again), len(alice.kept.used_to)] == [1, 2]
+
+
 def test_flood_of_valid_messages_gets_one_reply_a_round_and_keeps_the_record_small(toy: World) -> None:
     alice, bob = apart(toy)
     size = len(alice.saved)
     texts = [signed_by(bob, "offer", seq=bob.kept.seq + number, sdpOffer=sdp("offer")) for number in range(1, 2_001)]
     effects = alice.take(*(toy.seal(newest(alice).address, text) for text in texts))
     assert count(Send, effects) == 1
-    assert len(alice.saved) < size + 100
+    assert len(alice.saved) < size + 400  # it has made an address, as this one is crowded
     assert held(alice.contact) <= connectoid.MAX_SEEN + 50
 
 
@@ -1816,6 +1833,23 @@ def test_crash_between_any_two_steps_of_a_rotation_repeats_the_step(toy: World, 
     for app, peer in ((one, other), (other, one)):
         polled = {own.address for own in (app.kept.current, app.kept.pending, app.kept.former) if own}
         assert peer.kept.contact_address in polled
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_many_short_sessions_an_hour_leave_room_in_every_mailbox(toy: World, restarts: bool) -> None:
+    """A relay keeps an eighth of a box for one source: 32 messages an hour by default."""
+    alice, bob = apart(toy)
+    toy.drop(link_of(alice).address)  # the hello, which every restart would answer: relays keep it for an hour
+    for _ in range(60):
+        if restarts:
+            alice, bob = alice.restarted(), bob.restarted()
+        alice.connect()
+        bob.connect()
+        settle(alice, bob)
+        assert alice.state == bob.state == "connected"
+        for app in (alice, bob):
+            app.do(app.contact.disconnect(toy.now))
+    assert max(map(len, toy.boxes.values())) <= Limits().max_box_messages // SOURCE_SHARE
 
 
 def test_verified_mark_survives_rotation_and_restart(toy: World) -> None:

@@ -256,7 +256,7 @@ async function keep(known, rotatedUs) {
     signer: known.from, expiresUs: Infinity, invitation: known.invitation, linkHash: "", hello: known.hello,
     helloHash: known.hello_hash, welcome: known.welcome, welcomeHash: "", r: known.r, invited, current, pending, former,
     rotatedUs, contact: known.contact, contactAddress: known.connectoid, comparison: [], verified: false, seq: known.seq,
-    seenSeq: known.seen_seq, usedSent: 0, why: "",
+    seenSeq: known.seen_seq, usedTo: [], why: "",
   };
 }
 
