@@ -269,9 +269,9 @@ def check_url(url: str, *, allow_http: bool = False) -> None:
     """Raise Refused (address) for a URL that is no relay's: only https, no user, query or fragment."""
     match = _URL.fullmatch(url) if len(url) <= MAX_URL_CHARS else None
     if match is None or not 1 <= int(match[3] or 1) <= MAX_PORT:
-        raise Refused("address", "its relay has no plain https URL")
+        raise Refused("address", "its relay has no URL like https://relay.example.com/")
     if match[1] == "http" and not allow_http and not _LOOPBACK.fullmatch(match[2]):
-        raise Refused("address", "its relay is not asked over https")
+        raise Refused("address", "http is for a relay on this machine, elsewhere it is https")
 
 
 @dataclass(frozen=True)
@@ -1771,6 +1771,7 @@ def _decrypt(cipher: AESGCM, sealed: bytes, place: bytes) -> bytes:
 REQUEST_TIMEOUT_S = 10.0
 MAX_REPLY_BYTES = 1024 * 1024  # 100 messages in 512 KiB, with their JSON
 MAX_RETRY_S = 900.0
+MAX_QUOTED_CHARS = 200  # of what a relay says, in an error
 MAX_ERROR_CHARS = 200  # of what a stranger's server says, in our words
 REDIRECTS = range(300, 400)
 MAX_BATCH_CHECKS = 256
@@ -1827,7 +1828,8 @@ class RelayClient:
         status, octets = self._exchange("POST", json.dumps(request).encode("utf-8"), wait_s)
         reply = self._read(octets)
         if isinstance(reply, dict) and reply.get("ok") is not True:
-            raise RelayError(f"{self.url} says {str(reply.get('error'))[:100]!r} ({status}).", _retry_of(reply))
+            said = ascii(" ".join(str(reply[name]) for name in ("error", "detail") if name in reply)[:MAX_QUOTED_CHARS])
+            raise RelayError(f"{self.url} says {said} ({status}).", _retry_of(reply))
         return reply
 
     def document(self) -> Mapping[str, Any]:
@@ -2224,7 +2226,7 @@ class Connectoid:
                           for number, kept in store.load().items()}
         self._channels: dict[int, Channel] = {}
         self._lines: dict[str, _Line] = {}
-        self._complaints: dict[str, None] = {}
+        self._complaints: dict[str, float] = {}  # and when they were made last
         self._threads = [threading.Thread(target=work, daemon=True, name=f"connectoid {work.__name__}")
                          for work in (self._tick_on, self._tell_on)]
 
@@ -2269,10 +2271,10 @@ class Connectoid:
             self._adopt(contact, effects)
         return make_link(app_url, contact.kept.invitation)
 
-    def open(self, link: str, name: str) -> None:
-        """Open somebody's link, after the user has confirmed; raise LinkError, UsageError.
+    def open(self, link: str, name: str) -> str:
+        """Open somebody's link, after the user has confirmed; return the contact's name, raise LinkError, UsageError.
 
-        The same link again goes on with the contact that it made.
+        The same link again goes on with the contact that it made, by the name that it has.
         """
         invitation = read_link(link, allow_http=self._allow_http)
         with self.changing:
@@ -2280,17 +2282,19 @@ class Connectoid:
                 if contact.kept.link_hash == hash_link(invitation.text):
                     if contact.kept.role == "inviter":
                         raise LinkError("This is your own link: send it to somebody else.")
-                    return
+                    return contact.kept.name
             self._check_new(name)
             self._adopt(*Contact.open(self.suite, self._now(), name, invitation, relays=self.relays,
                                       allow_http=self._allow_http))
+        return name
 
     def connect(self, name: str, timeout_s: float | None = None, *, anew: bool = True) -> Channel:
         """Return a channel to a contact, once it is there; raise NotConnectedError, TimeoutError, UsageError.
 
         Without `anew` it goes on with a wait that has timed out, for as long as that one would have tried.
         """
-        deadline_s = math.inf if timeout_s is None else _boot_time_s() + timeout_s
+        began_s = _boot_time_s()
+        deadline_s = math.inf if timeout_s is None else began_s + timeout_s
         with self.changing:
             number = self._number(name)
             former = self._channels.get(number)
@@ -2307,7 +2311,8 @@ class Connectoid:
                     raise NotConnectedError(EVENTS.get(contact.kept.why, "") if contact else "This contact is gone.")
                 left_s = deadline_s - _boot_time_s()
                 if left_s <= 0:
-                    raise TimeoutError(f"{name} is not there. {EVENTS['unanswered']}")
+                    trouble = self._trouble_since(began_s)
+                    raise TimeoutError(f"{name} is not there. {EVENTS['unanswered']}{trouble}")
                 self.changing.wait(min(left_s, ZERO_EVERY_S))
             return self._channels[number]
 
@@ -2371,12 +2376,19 @@ class Connectoid:
                 self._do(number, self._contacts[number].polled(self._now(), boxes))
 
     def complain(self, text: str) -> None:
-        """Log what a relay did, once."""
-        if text not in self._complaints and not self.stopped.is_set():
-            self._complaints[text] = None
-            if len(self._complaints) > MAX_COMPLAINTS:
-                del self._complaints[next(iter(self._complaints))]
+        """Log what a relay did, once, and remember when it did so last."""
+        if self.stopped.is_set():
+            return
+        if self._complaints.pop(text, None) is None:
             log.warning("%s", text)
+        self._complaints[text] = _boot_time_s()
+        if len(self._complaints) > MAX_COMPLAINTS:
+            del self._complaints[next(iter(self._complaints))]
+
+    def _trouble_since(self, began_s: float) -> str:
+        """Return the latest complaint about a relay, to be added to a sentence, if there was one since."""
+        text = next(reversed(self._complaints), "")
+        return f" {text}" if text and self._complaints[text] >= began_s else ""
 
     # -- Effects -------------------------------------------------------------------------
 
@@ -2449,8 +2461,8 @@ class Connectoid:
         self._do(number, effects)
 
     def _check_new(self, name: str) -> None:
-        if not name:
-            raise UsageError("A contact needs a name.")
+        if not name or not name.isprintable():
+            raise UsageError("A contact needs a name, of characters that can be shown.")
         for number, contact in list(self._contacts.items()):
             if contact.kept.name == name and contact.kept.state != "ended":
                 raise UsageError(f"There is a contact {name!r} already.")
@@ -2558,9 +2570,9 @@ class AsyncConnectoid:
         """Return a link for a new contact, as Connectoid.share."""
         return await asyncio.to_thread(self.runner.share, name, app_url)
 
-    async def open(self, link: str, name: str) -> None:
+    async def open(self, link: str, name: str) -> str:
         """Open somebody's link, as Connectoid.open."""
-        await asyncio.to_thread(self.runner.open, link, name)
+        return await asyncio.to_thread(self.runner.open, link, name)
 
     async def connect(self, name: str) -> AsyncChannel:
         """Return a channel to a contact once it is there, as Connectoid.connect; asyncio.timeout ends it."""

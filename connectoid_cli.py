@@ -5,7 +5,7 @@
     connectoid chat Alice
 
 It uses the public API of connectoid.py alone. Words for people go to stderr, what a script
-wants (links, received lines, --json) to stdout. README.md, "The command line".
+wants (links, received lines, --json) to stdout. README.md shows a session.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import functools
 import getpass
 import hashlib
 import json
+import math
 import os
 import pathlib
+import shlex
+import shutil
 import sys
 import threading
 import time
@@ -42,6 +45,10 @@ READY_S = 5.0  # for the last word of a pairing
 LOOK_EVERY_S = 0.05  # whether it came
 PROGRESS_EVERY_S = 0.2
 MAX_NAME_CHARS = 200  # of a file, as file systems have it
+
+ENVIRONMENT = os.environ.get
+HOME = ENVIRONMENT("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+DEFAULT_STORE = ENVIRONMENT("CONNECTOID_STORE") or os.path.join(HOME, "connectoid", "contacts.db")
 
 STATES = {
     "invited": "not opened yet",
@@ -138,6 +145,7 @@ def running(arguments: argparse.Namespace, teller: Teller) -> Iterator[Connectoi
 
 def connect(runner: Connectoid, arguments: argparse.Namespace, teller: Teller) -> Channel:
     """Return a channel to the contact of a command."""
+    find(runner.contacts(), arguments.name)
     teller.say("waiting", f"Waiting for {arguments.name} ... (Ctrl-C ends)", contact=arguments.name)
     channel = runner.connect(arguments.name, arguments.timeout)
     teller.say("connected", f"Connected with {arguments.name}.", contact=arguments.name)
@@ -146,10 +154,8 @@ def connect(runner: Connectoid, arguments: argparse.Namespace, teller: Teller) -
 
 def share(arguments: argparse.Namespace, teller: Teller) -> int:
     """Print a link for a new contact, and wait until the other has opened it."""
-    if not arguments.relay:
-        raise connectoid.UsageError("No relay: give --relay URL, or set CONNECTOID_RELAY.")
     with running(arguments, teller) as runner:
-        link = runner.share(arguments.name, arguments.app_url)
+        link = link_for(runner, arguments)
         teller.say("link", f"Send this link to {arguments.name} alone: whoever opens it first is your contact.",
                    result=link, link=link, contact=arguments.name)
         if not arguments.json:
@@ -157,8 +163,20 @@ def share(arguments: argparse.Namespace, teller: Teller) -> int:
         return finish_pairing(runner, arguments, teller)
 
 
+def link_for(runner: Connectoid, arguments: argparse.Namespace) -> str:
+    """Return a new link, or the one that was made before and that nobody has opened yet."""
+    for kept in runner.contacts():
+        if kept.name == arguments.name and kept.state == "invited":
+            return connectoid.make_link(arguments.app_url, kept.invitation)
+    if not arguments.relay:
+        raise connectoid.UsageError("No relay: give --relay URL, or set CONNECTOID_RELAY.")
+    return runner.share(arguments.name, arguments.app_url)
+
+
 def open_link(arguments: argparse.Namespace, teller: Teller) -> int:
     """Open somebody's link, and wait until both are connected."""
+    if arguments.link == "-":
+        arguments.link, arguments.yes = sys.stdin.readline(), True
     invitation = connectoid.read_link(arguments.link, allow_http=arguments.allow_http)
     hosts = ", ".join(mailbox.url for mailbox in connectoid.parse_address(invitation.address, allow_http=True))
     if sys.stdin.isatty() and not arguments.yes:
@@ -166,7 +184,10 @@ def open_link(arguments: argparse.Namespace, teller: Teller) -> int:
         if sys.stdin.readline().strip().lower() not in ("", "y", "yes"):
             return 1
     with running(arguments, teller) as runner:
-        runner.open(arguments.link, arguments.name)
+        name = runner.open(arguments.link, arguments.name)
+        if name != arguments.name:
+            teller.say("known", f"You have opened this link before, as {name}.", contact=name)
+            arguments.name = name
         return finish_pairing(runner, arguments, teller)
 
 
@@ -177,8 +198,9 @@ def finish_pairing(runner: Connectoid, arguments: argparse.Namespace, teller: Te
     while find(runner.contacts(), arguments.name).state not in ("paired", "ended") and time.monotonic() < until_s:
         time.sleep(LOOK_EVERY_S)
     kept = find(runner.contacts(), arguments.name)
+    store = "" if arguments.store == DEFAULT_STORE else f" --store {shlex.quote(arguments.store)}"
     teller.say("compare", f"{COMPARE}\n\n    {show_emoji(kept)}\n\nIf they are the same: connectoid verify "
-               f"{kept.name} --same", contact=kept.name, emoji=emoji_of(kept))
+               f"{shlex.quote(kept.name)} --same{store}", contact=kept.name, emoji=emoji_of(kept))
     channel.close()
     return 0
 
@@ -220,8 +242,10 @@ def list_contacts(arguments: argparse.Namespace, teller: Teller) -> int:
     for kept in read_contacts(arguments):
         state = connectoid.EVENTS[kept.why] if kept.why else STATES[kept.state]
         verified = "verified" if kept.verified else "not verified"
-        teller.say("contact", "", result=f"{kept.name}\t{state}\t{verified if kept.comparison else '-'}",
-                   contact=kept.name, state=kept.state, why=kept.why or None, verified=kept.verified)
+        warning = "\topened by somebody else too: compare before you trust" if kept.used_to else ""
+        teller.say("contact", "", result=f"{kept.name}\t{state}\t{verified if kept.comparison else '-'}{warning}",
+                   contact=kept.name, state=kept.state, why=kept.why or None, verified=kept.verified,
+                   opened_twice=bool(kept.used_to))
     return 0
 
 
@@ -229,7 +253,7 @@ def verify(arguments: argparse.Namespace, teller: Teller) -> int:
     """Show what to compare, and mark the outcome."""
     kept = find(read_contacts(arguments), arguments.name)
     if not kept.comparison:
-        raise connectoid.UsageError("There is nothing to compare yet: the other has not answered.")
+        raise connectoid.UsageError(connectoid.EVENTS.get(kept.why) or "There is nothing to compare: no answer yet.")
     teller.say("compare", COMPARE, result=show_emoji(kept),
                contact=kept.name, emoji=emoji_of(kept), verified=kept.verified)
     if arguments.same is not None:
@@ -302,7 +326,7 @@ def chat(arguments: argparse.Namespace, teller: Teller) -> int:
                 said = read_control(line).get("line")
                 if isinstance(said, str):
                     teller.say("line", "", result=f"{arguments.name}: {clean(said)}", contact=arguments.name, line=said)
-        teller.say("disconnected", f"{arguments.name} has left.", contact=arguments.name)
+        teller.say("disconnected", f"Disconnected from {arguments.name}.", contact=arguments.name)
     return 0
 
 
@@ -404,6 +428,7 @@ def send_file(channel: Channel, path: pathlib.Path, teller: Teller) -> None:
         teller.progress(path.name, count_of(reply, "got", size), size)
     if reply["done"] is not True:
         raise TransferError(f"{path.name} arrived damaged, or changed while it was sent; send it again.")
+    teller.progress(path.name, size, size)
     took_s = time.monotonic() - began_s
     teller.say("sent", f"{path.name}: {size:,} bytes in {took_s:.1f} s, SHA-256 {digest.hexdigest()}",
                file=str(path), bytes=size, there_before=have, sha256=digest.hexdigest())
@@ -438,6 +463,9 @@ def receive_file(channel: Channel, folder: pathlib.Path, control: Mapping[str, A
     name, size = safe_name(control.get("file")), count_of(control, "size", 2**60)
     fingerprint = hashlib.sha256(str(control.get("fingerprint")).encode()).hexdigest()[:16]
     part = folder / f".{name[:MAX_NAME_CHARS - 30]}.{fingerprint}.part"
+    left = size - (part.stat().st_size if part.exists() else 0)
+    if left > shutil.disk_usage(folder).free:
+        raise TransferError(f"{name} needs {left:,} bytes more than are free in {folder}.")
     with part.open("a+b") as file:
         digest = digest_of(file, size)
         end = receive_blocks(channel, file, size, digest, functools.partial(teller.progress, name))
@@ -520,21 +548,26 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Teller], int], str]] 
 }
 
 
-ENVIRONMENT = os.environ.get
-HOME = ENVIRONMENT("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+def seconds(text: str) -> float:
+    """Return a time to wait; raise ValueError, which argparse words."""
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(text)
+    return value
+
+
 SHARED: Mapping[str, dict[str, Any]] = {
     "relay": {"action": "append", "metavar": "URL", "default": [],
               "help": "a relay for new contacts, up to three (default: $CONNECTOID_RELAY)"},
     "ext": {"metavar": "KEY", "default": ENVIRONMENT("CONNECTOID_EXT"),
-            "help": "what these relays want to see, such as an API key (default: $CONNECTOID_EXT)"},
-    "store": {"metavar": "FILE",
-              "default": ENVIRONMENT("CONNECTOID_STORE") or os.path.join(HOME, "connectoid", "contacts.db"),
+            "help": "what these relays want to see, such as an API key; other users see flags ($CONNECTOID_EXT)"},
+    "store": {"metavar": "FILE", "default": DEFAULT_STORE,
               "help": "where contacts are kept (default: $CONNECTOID_STORE, or %(default)s)"},
     "passphrase-file": {"metavar": "FILE", "help": "a file with its passphrase (or $CONNECTOID_PASSPHRASE)"},
     "ice-server": {"metavar": "URL", "action": "append", "default": [],
                    "help": "stun:HOST:PORT, beside the relays' own"},
     "allow-http": {"action": "store_true", "help": "use relays without https on other machines too"},
-    "timeout": {"type": float, "metavar": "SECONDS", "help": "how long to wait for the other (default: for ever)"},
+    "timeout": {"type": seconds, "metavar": "SECONDS", "help": "how long to wait for the other (default: for ever)"},
     "json": {"action": "store_true", "help": "one JSON object a line on stdout"},
 }
 
@@ -552,7 +585,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("share", "verify", "unshare", "chat", "send", "receive"):
         made[name].add_argument("name", metavar="NAME", help="the contact")
     made["share"].add_argument("--app-url", default="connectoid:", metavar="URL", help="what the link begins with")
-    made["open"].add_argument("link", metavar="LINK")
+    made["open"].add_argument("link", metavar="LINK", help="or - to read it from stdin, where no other user sees it")
     made["open"].add_argument("--name", required=True, help="what to call the other")
     made["open"].add_argument("--yes", action="store_true", help="do not ask before connecting")
     outcome = made["verify"].add_mutually_exclusive_group()
@@ -567,10 +600,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 done, 1 failed, 2 usage, 130 interrupted."""
-    arguments = make_parser().parse_args(argv)
-    arguments.relay = arguments.relay or ENVIRONMENT("CONNECTOID_RELAY", "").split()
-    teller = Teller(arguments.json)
+    teller = Teller(as_json=False)
     try:
+        arguments = make_parser().parse_args(argv)
+        arguments.relay = arguments.relay or ENVIRONMENT("CONNECTOID_RELAY", "").split()
+        teller = Teller(arguments.json)
         folder = os.path.dirname(os.path.abspath(arguments.store))
         os.makedirs(folder, mode=0o700, exist_ok=True)
         return COMMANDS[arguments.command][0](arguments, teller)

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import logging
@@ -1311,7 +1312,7 @@ BAD_LINKS = {
     f"{APP_URL}#connectoid={INVITATION.replace('.', '')}": "This link is damaged",
     make_kept("Bob", "http://127.0.0.1:9/").invitation.replace(
         connectoid.encode_base64url(b"http://127.0.0.1:9/"), connectoid.encode_base64url(b"http://example.com/")):
-        "not asked over https",
+        "elsewhere it is https",
 }
 
 
@@ -1335,7 +1336,7 @@ def test_cli_exit_codes_tell_usage_from_failure(tmp_path: Path, capsys: pytest.C
     (tmp_path / "there").touch()
     for code, argv in ((0, ["contacts"]), (2, ["share", "Carol"]), (2, ["share", "Carol", "--relay", "nonsense"]),
                        (2, ["share", "Carol", "--relay", "http://example.com/"]),
-                       (2, ["share", "Bob", "--relay", NOWHERE]),
+                       (1, ["share", "Bob", "--timeout", "0.1"]), (2, ["share", "Bob\x1b[2J", "--relay", NOWHERE]),
                        (2, ["verify", "Bob"]), (2, ["verify", "Zoe"]), (2, ["unshare", "Zoe"]), (2, ["chat", "Zoe"]),
                        (2, ["send", "Bob", "/nonexistent"]), (2, ["receive", "Bob", "--dir", "/nonexistent"]),
                        (1, ["chat", "Bob", "--timeout", "0.1"]), (1, ["import", "/nonexistent"]),
@@ -1345,6 +1346,51 @@ def test_cli_exit_codes_tell_usage_from_failure(tmp_path: Path, capsys: pytest.C
         assert connectoid_cli.main([*argv, *store]) == code, argv
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert lines[-1]["event"] == ("contact" if code == 0 else "error"), argv
+
+
+def test_cli_share_shows_the_link_again_until_somebody_has_opened_it(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever pressed Ctrl-C, or lost the window, can still send it."""
+    argv = ["share", "Bob", "--timeout", "0.01", "--store", str(tmp_path / "s.db")]
+    assert connectoid_cli.main([*argv, "--relay", NOWHERE]) == 1
+    link = capsys.readouterr().out
+    assert connectoid_cli.main(argv) == 1
+    assert capsys.readouterr().out == link
+
+
+def test_cli_says_what_a_relay_said_when_nobody_comes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else one looks for the fault at the other's."""
+    argv = ["share", "Bob", "--relay", NOWHERE, "--timeout", "1", "--store", str(tmp_path / "s.db")]
+    assert connectoid_cli.main(argv) == 1
+    assert f"Bob is not there. Not answered yet; tried again from time to time. {NOWHERE} cannot be reached" in (
+        capsys.readouterr().err)
+
+
+def test_cli_reads_a_link_from_stdin_and_names_the_contact_that_has_it(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a list of processes all users of a machine see what was typed."""
+    link = connectoid.make_link(APP_URL, make_kept("Bob", NOWHERE).invitation)
+    for name in ("Alice", "Zoe"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{link}\n"))
+        argv = ["open", "-", "--name", name, "--timeout", "0.01", "--store", str(tmp_path / "s.db")]
+        assert connectoid_cli.main(argv) == 1
+        assert "Waiting for Alice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "soon"])
+def test_cli_waits_for_a_time_that_there_is(text: str, tmp_path: Path) -> None:
+    """And makes no contact before it knows."""
+    with pytest.raises(SystemExit, match="2"):
+        connectoid_cli.main(["share", "Bob", f"--timeout={text}", "--store", str(tmp_path / "s.db")])
+    assert not (tmp_path / "s.db").exists()
+
+
+def test_cli_contacts_keep_the_warning_that_a_link_was_opened_twice(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The event itself may have been missed."""
+    store_of(tmp_path / "s.db", dataclasses.replace(make_kept("Bob"), used_to=("A" * 43,))).close()
+    assert connectoid_cli.main(["contacts", "--store", str(tmp_path / "s.db")]) == 0
+    assert "opened by somebody else too" in capsys.readouterr().out
 
 
 def test_cli_relays_of_a_flag_take_the_place_of_those_of_the_environment(
@@ -1478,6 +1524,14 @@ def receive_from(control: dict[str, Any], folder: Path, *messages: bytes | str) 
 
 CONTENT = b"content"
 END = json.dumps({"sha256": hashlib.sha256(CONTENT).hexdigest()})
+
+
+def test_file_larger_than_the_disk_is_refused_before_it_comes(tmp_path: Path) -> None:
+    """A sender may not fill the disk of whoever receives."""
+    told, error = receive_from({"file": "f", "size": 2**59}, tmp_path, CONTENT, END)
+    assert told == []
+    assert "than are free in" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_with_a_wrong_hash_is_not_kept(tmp_path: Path) -> None:
