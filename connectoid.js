@@ -2516,8 +2516,8 @@ export class Connectoid {
   }
 
   /**
-   * Open somebody's link, after the user has confirmed; throw LinkError, UsageError. The same link again goes on with
-   * the contact that it made.
+   * Open somebody's link, after the user has confirmed; return the contact's name, throw LinkError, UsageError. The
+   * same link again goes on with the contact that it made, by the name that it has.
    * @param {string} link @param {string} name
    */
   open(link, name) {
@@ -2526,10 +2526,11 @@ export class Connectoid {
       const linkHash = await hashLink(invitation.text);
       const known = [...this._entries.values()].find(({ kept }) => kept.linkHash === linkHash);
       if (known?.kept.role === "inviter") throw new LinkError("This is your own link: send it to somebody else.");
-      if (known) return;
+      if (known) return known.kept.name;
       await this._checkNew(name);
       const options = { relays: this.relays, ...this._allowed };
       await this._adopt(...await Contact.open(this.suite, this._now(), name, invitation, options));
+      return name;
     });
   }
 

@@ -1145,11 +1145,14 @@ def play(plan: Plan) -> Outcome:
 # ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_apps_end_up_connected_or_told_why(chunk: int) -> None:
     for seed in range(chunk * CHUNK_RUNS, (chunk + 1) * CHUNK_RUNS):
         play(draw_plan(seed))
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(REAL_CHUNKS))
 def test_apps_with_real_cryptography_end_up_connected_or_told_why(chunk: int) -> None:
     for seed in range(chunk * REAL_CHUNK_RUNS, (chunk + 1) * REAL_CHUNK_RUNS):
@@ -1265,6 +1268,7 @@ def _prepare(world: World, alice: App, bob: App, meeting: Meeting) -> None:
     world.run(world.now_s + meeting.apart_s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(MEETING_CHUNKS))
 def test_two_online_for_two_minutes_connect_within_75_s(chunk: int) -> None:
     seeds = range(chunk * MEETING_CHUNK_RUNS, (chunk + 1) * MEETING_CHUNK_RUNS)
