@@ -265,9 +265,11 @@ function parseMailbox(text, allowHttp) {
 function checkUrl(url, allowHttp) {
   const match = url.length <= MAX_URL_CHARS ? URL_FORM.exec(url) : null;
   const port = Number(match?.[3] ?? 1);
-  if (!match || port < 1 || port > MAX_PORT) throw new Refused("address", "its relay has no plain https URL");
+  if (!match || port < 1 || port > MAX_PORT) {
+    throw new Refused("address", "its relay has no URL like https://relay.example.com/");
+  }
   if (match[1] === "http" && !allowHttp && !LOOPBACK.test(match[2])) {
-    throw new Refused("address", "its relay is not asked over https");
+    throw new Refused("address", "http is for a relay on this machine, elsewhere it is https");
   }
 }
 
@@ -1359,7 +1361,10 @@ export class Contact {
     return this.kept.state;
   }
 
-  /** Tell the app once of another who has the link, and him that it is used. @param {Message} message @param {boolean} fresh */
+  /**
+   * Tell the app once of another who has the link, and him that it is used.
+   * @param {Message} message @param {boolean} fresh
+   */
   async _warn(message, fresh) {
     const told = this._effects.some((effect) => effect.do === "tell" && effect.event === "opened_twice");
     if (!told && (fresh || !this.kept.usedTo.includes(message.hash))) this._do({ do: "tell", event: "opened_twice" });
@@ -2433,7 +2438,8 @@ const retryS = (error) => (error instanceof RelayError ? error.retryS : 0);
 /** @param {number} seconds */
 const jittered = (seconds) => seconds * (1 + JITTER * Math.random());
 
-/** @typedef {{contact: Contact, kept: Kept, channel: Channel | null, last: Promise<unknown>, waiting: number}} Entry */
+/** @typedef {{contact: Contact, kept: Kept, name: string, channel: Channel | null, last: Promise<unknown>,
+ *   waiting: number}} Entry */
 
 /**
  * Run the contacts of one store. `relays` are for new contacts: URLs, or [URL, ext]. `onEvent(name, event)` is called
@@ -2548,7 +2554,7 @@ export class Connectoid {
       const { channel, kept } = this._entries.get(number) ?? {};
       if (channel && channel !== former) return channel;
       if (!kept || ["ended", "unshared"].includes(kept.state) || this.stopped) {
-        throw new NotConnectedError(EVENTS[kept?.why ?? ""] ?? "This contact is gone.");
+        throw new NotConnectedError(EVENTS[kept?.why ?? ""] ?? "The sharing has ended.");
       }
       const leftS = untilS - this.nowS();
       if (leftS <= 0) throw new NotConnectedError(`${name} is not there. ${EVENTS.unanswered}`);
@@ -2703,8 +2709,7 @@ export class Connectoid {
   _tell(number, entry, event) {
     if (event === "connected") entry.channel = new Channel(this, number, entry.contact.attempt.ask);
     if (event === "disconnected") this._endChannel(entry);
-    const { name } = entry.kept;
-    queueMicrotask(() => this._onEvent(name, event));
+    queueMicrotask(() => this._onEvent(entry.name, event));
   }
 
   /** @type {Report} */
@@ -2737,7 +2742,9 @@ export class Connectoid {
 
   /** @param {number} number @param {Contact} contact */
   _enter(number, contact) {
-    this._entries.set(number, { contact, kept: contact.kept, channel: null, last: Promise.resolve(), waiting: 0 });
+    const { kept } = contact;
+    const { name } = this._entries.get(number) ?? kept; // a tombstone has none, and its end is told
+    this._entries.set(number, { contact, kept, name, channel: null, last: Promise.resolve(), waiting: 0 });
   }
 
   /** @param {Contact} contact @param {Effect[]} effects */

@@ -1714,10 +1714,11 @@ class Store:
             records = json.loads(_decrypt(_cipher(passphrase, salt), sealed, b"export"))
         except (InvalidTag, ValueError):
             raise StoreError("The export is damaged, or this is not its passphrase.") from None
-        known = {kept.signer for kept in self.load().values()}
-        new = [kept for kept in map(Kept.from_json, records) if kept.signer not in known]
+        here = list(self.load().values())
+        links, names = {kept.link_hash for kept in here}, {kept.name for kept in here}
+        new = [kept for kept in map(Kept.from_json, records) if kept.link_hash not in links]
         for kept in new:
-            self.add(kept)
+            self.add(replace(kept, name=_free_name(kept.name, names)))
         return len(new)
 
     def close(self) -> None:
@@ -1748,6 +1749,16 @@ class Store:
     def _open(self, number: int, record: bytes) -> str:
         opened = record if self._cipher is None else _decrypt(self._cipher, record, str(number).encode())
         return opened.decode("utf-8")
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """Return a name, with a number if another contact has it, and take it; tombstones have none."""
+    free, number = name, 1
+    while name and free in taken:
+        number += 1
+        free = f"{name} ({number})"
+    taken.add(free)
+    return free
 
 
 def _cipher(passphrase: str, salt: bytes) -> AESGCM:
@@ -2224,6 +2235,7 @@ class Connectoid:
         self.changing = threading.Condition(threading.RLock())  # whoever touches a machine holds it
         self._contacts = {number: Contact(self.suite, kept, allow_http=allow_http)
                           for number, kept in store.load().items()}
+        self._names = {number: contact.kept.name for number, contact in self._contacts.items()}  # a tombstone has none
         self._channels: dict[int, Channel] = {}
         self._lines: dict[str, _Line] = {}
         self._complaints: dict[str, float] = {}  # and when they were made last
@@ -2308,7 +2320,7 @@ class Connectoid:
                     wanting = contact
                     continue
                 if contact is None or contact.kept.state in ("ended", "unshared") or self.stopped.is_set():
-                    raise NotConnectedError(EVENTS.get(contact.kept.why, "") if contact else "This contact is gone.")
+                    raise NotConnectedError(EVENTS.get(contact.kept.why if contact else "") or "The sharing has ended.")
                 left_s = deadline_s - _boot_time_s()
                 if left_s <= 0:
                     trouble = self._trouble_since(began_s)
@@ -2409,7 +2421,7 @@ class Connectoid:
                 self.store.save(number, kept)
             case Forget():
                 self.store.delete(number)
-                del self._contacts[number]
+                del self._contacts[number], self._names[number]
             case Send(mailbox):
                 self._line(mailbox.url).send(effect)
             case Gather(ask, offer):
@@ -2431,7 +2443,7 @@ class Connectoid:
             self._channels[number] = Channel(self, number, contact.attempt.ask)
         if event == "disconnected":
             self._end_channel(number)
-        self._events.put((contact.kept.name, event))
+        self._events.put((self._names[number], event))
 
     def _reported(self, number: int, event: str, ask: int, value: Any) -> None:
         channel = self._channels.get(number)
@@ -2458,6 +2470,7 @@ class Connectoid:
     def _adopt(self, contact: Contact, effects: Sequence[Effect]) -> None:
         number = self.store.add(contact.kept)
         self._contacts[number] = contact
+        self._names[number] = contact.kept.name
         self._do(number, effects)
 
     def _check_new(self, name: str) -> None:

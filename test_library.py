@@ -527,6 +527,16 @@ def test_store_with_flipped_bytes_is_read_or_refused(tmp_path: Path) -> None:
     assert min(outcomes.values()) > 30, outcomes
 
 
+def test_store_import_gives_no_two_contacts_one_name(tmp_path: Path) -> None:
+    """A contact is asked for by its name."""
+    with contextlib.closing(store_of(tmp_path / "old.db", make_kept("Bob"), make_kept("Bob (2)"))) as old:
+        exported = old.export("secret")
+    with contextlib.closing(store_of(tmp_path / "new.db", make_kept("Bob"))) as new:
+        assert new.import_(exported, "secret") == 2
+        assert sorted(kept.name for kept in new.load().values()) == ["Bob", "Bob (2)", "Bob (2) (2)"]
+        assert new.import_(exported, "secret") == 0
+
+
 def test_store_export_brings_contacts_to_another_device(tmp_path: Path) -> None:
     """Once they are new, the second time not; a wrong passphrase or a damaged export adds nothing."""
     store, other = Store(tmp_path / "a.db", "one"), Store(tmp_path / "b.db")
@@ -1160,6 +1170,21 @@ def test_unshare_reaches_the_other_when_he_comes(apps: Apps, relay_url: str) -> 
     assert bob.share("Alice", APP_URL)
     with pytest.raises(UsageError, match="still a contact"):
         bob.forget("Alice")
+
+
+def test_pairing_that_expires_is_told_by_the_name_that_it_had(apps: Apps, tmp_path: Path) -> None:
+    """Its tombstone has none any more."""
+    now = connectoid.system_now()
+    alice, _ = Contact.invite(SUITE, now, "Bob", [(NOWHERE, None)])
+    bob, effects = Contact.open(SUITE, now, "Alice", connectoid.parse_invitation(alice.kept.invitation))
+    (ask,) = (effect.ask for effect in effects if isinstance(effect, connectoid.Gather))
+    hello = [effect.data for effect in bob.gathered(now, ask, {"type": "offer", "sdp": "v=0"})
+             if isinstance(effect, connectoid.Send)]
+    alice.polled(now, {alice.mailboxes[0].pub: list(enumerate(hello, 1))})
+    assert alice.kept.state == "welcomed"
+    store_of(tmp_path / "Alice.db", dataclasses.replace(alice.kept, expires_us=connectoid.RELEASE_US + 1)).close()
+    apps.begin("Alice", NOWHERE)
+    until(lambda: ("Alice", "Bob", "expired") in apps.told, "told")
 
 
 def test_second_who_opens_a_link_is_told_and_the_first_is_warned(apps: Apps, relay_url: str) -> None:
