@@ -1778,14 +1778,12 @@ def test_people_connect_however_late_an_answer_comes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_people_are_connected_soon_and_chat(people: People) -> None:
-    """Both run: 2 s after `open`; then lines both ways, seen beside it, and Ctrl-C leaves nothing."""
+def test_people_are_connected_and_chat(people: People) -> None:
+    """Both run; then lines both ways, seen beside it, and Ctrl-C leaves nothing."""
     alice = people.run("Alice", "share", "Bob")
     link = alice.wait_for("link")["link"]
-    began_s = time.monotonic()
     bob = people.run("Bob", "open", link, "--name", "Alice")
     bob.wait_for("connected")
-    assert time.monotonic() - began_s < 5  # 2 on a machine that does nothing else
     assert [alice.end(), bob.end()] == [0, 0]
     before = {who: sorted(path.name for path in (people.folder / who).iterdir()) for who in ("Alice", "Bob")}
     alice, bob = people.run("Alice", "chat", "Bob"), people.run("Bob", "chat", "Alice")
@@ -1797,7 +1795,8 @@ def test_people_are_connected_soon_and_chat(people: People) -> None:
     assert [verify.end(), contacts.end()] == [0, 0]
     assert verify.wait_for("compare")["emoji"][0].keys() == {"emoji", "name"}
     assert contacts.events == [
-        {"event": "contact", "contact": "Bob", "state": "paired", "why": None, "verified": False}]
+        {"event": "contact", "contact": "Bob", "state": "paired", "why": None, "verified": False,
+         "opened_twice": False}]
     marking = people.run("Alice", "verify", "Bob", "--same")
     assert (marking.end(), "end it first" in marking.wait_for("error")["error"]) == (1, True)
     assert alice.end(signal.SIGINT) == 130
