@@ -56,7 +56,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias
 
 try:
@@ -381,6 +381,9 @@ class SystemSuite:
     _hpke = hpke.Suite(hpke.KEM.P384, hpke.KDF.HKDF_SHA384, hpke.AEAD.AES_256_GCM)
     _ecdsa = ec.ECDSA(hashes.SHA384())
 
+    def __init__(self) -> None:
+        self._private_keys: dict[str, ec.EllipticCurvePrivateKey] = {}
+
     def random(self, count: int) -> bytes:
         """Return so many random bytes of the system."""
         return secrets.token_bytes(count)
@@ -390,6 +393,7 @@ class SystemSuite:
         key = ec.generate_private_key(ec.SECP384R1())
         scalar = key.private_numbers().private_value.to_bytes(SCALAR_BYTES, "big")
         point = key.public_key().public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+        self._remember(encode_base64url(scalar), key)
         return encode_base64url(scalar), encode_base64url(point)
 
     def check(self, pub: str) -> None:
@@ -430,10 +434,15 @@ class SystemSuite:
         except (ValueError, Refused):
             raise Refused("address", "its key is no point of the curve") from None
 
-    @staticmethod
-    @functools.lru_cache(MAX_REMEMBERED_KEYS)
-    def _private(key: str) -> ec.EllipticCurvePrivateKey:
-        return ec.derive_private_key(int.from_bytes(decode_base64url(key), "big"), ec.SECP384R1())
+    def _private(self, key: str) -> ec.EllipticCurvePrivateKey:
+        return self._private_keys.get(key) or self._remember(key, ec.derive_private_key(
+            int.from_bytes(decode_base64url(key), "big"), ec.SECP384R1()))
+
+    def _remember(self, key: str, private_key: ec.EllipticCurvePrivateKey) -> ec.EllipticCurvePrivateKey:
+        if len(self._private_keys) >= MAX_REMEMBERED_KEYS:
+            self._private_keys.clear()
+        self._private_keys[key] = private_key
+        return private_key
 
 
 def hash_commitment(signer: str, r: str) -> bytes:
@@ -667,7 +676,8 @@ class Kept:
 
     def to_json(self) -> str:
         """Return the record as text; it holds private keys."""
-        return json.dumps({"version": RECORD_VERSION, **asdict(self)}, ensure_ascii=False)
+        return json.dumps({"version": RECORD_VERSION, **vars(self)}, ensure_ascii=False, default=lambda own: {
+            "address": own.address, "keys": own.keys})  # not asdict: a deep copy costs as much as opening a message
 
     def _check(self) -> None:
         """Raise ValueError or Refused if a member has not the type, or not a value, that it can have."""

@@ -447,21 +447,30 @@ def receive(arguments: argparse.Namespace, teller: Teller) -> int:
     folder = pathlib.Path(arguments.dir)
     if not folder.is_dir():
         raise connectoid.UsageError(f"{folder} is no folder.")
+    received: dict[str, str] = {}
 
     def work(channel: Channel) -> bool:
         greet(channel, {"app": "files", "role": "receive"})
         while "end" not in (control := read_control(channel.receive())):
-            receive_file(channel, folder, control, teller)
+            receive_file(channel, folder, control, teller, received)
         channel.close()
         return True
 
     return again(arguments, teller, work)
 
 
-def receive_file(channel: Channel, folder: pathlib.Path, control: Mapping[str, Any], teller: Teller) -> None:
-    """Receive one file, or the rest of it; raise TransferError, NotConnectedError."""
+def receive_file(channel: Channel, folder: pathlib.Path, control: Mapping[str, Any], teller: Teller,
+                 received: dict[str, str]) -> None:
+    """Receive one file, or the rest of it; raise TransferError, NotConnectedError.
+
+    `received` has the hashes, by fingerprint, of the files that are in place already.
+    """
     name, size = safe_name(control.get("file")), count_of(control, "size", 2**60)
     fingerprint = hashlib.sha256(str(control.get("fingerprint")).encode()).hexdigest()[:16]
+    if fingerprint in received:  # the connection broke before the sender knew
+        channel.send(json.dumps({"have": size}))
+        channel.send(json.dumps({"done": read_control(channel.receive()).get("sha256") == received[fingerprint]}))
+        return
     part = folder / f".{name[:MAX_NAME_CHARS - 30]}.{fingerprint}.part"
     left = size - (part.stat().st_size if part.exists() else 0)
     if left > shutil.disk_usage(folder).free:
@@ -474,6 +483,7 @@ def receive_file(channel: Channel, folder: pathlib.Path, control: Mapping[str, A
         channel.send(json.dumps({"done": False}))
         raise TransferError(f"{name} arrived damaged; it is not kept.")
     final = put_in_place(part, folder, name)
+    received[fingerprint] = digest.hexdigest()
     channel.send(json.dumps({"done": True}))
     teller.say("received", f"{final}: {size:,} bytes, SHA-256 {digest.hexdigest()}",
                file=str(final), bytes=size, sha256=digest.hexdigest())
