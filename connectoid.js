@@ -342,13 +342,14 @@ export const CONTEXTS = {
 /**
  * A private key, as its suite made it.
  * @typedef {any} Key
+ * @typedef {"ECDH" | "ECDSA"} Use
  *
  * What the state machine needs of cryptography; PROTOCOL.md, "Keys". `makeKey` returns a key for one use, with its
  * public key in the form of `pub`; `seal` enc || ciphertext; `sign` r || s of ES384. `check` and `seal` throw Refused
  * (address) for no point of the curve, `open` Refused (seal), `verify` Refused (signature).
  * @typedef {object} Suite
  * @property {(count: number) => Bytes} random
- * @property {(use: "ECDH" | "ECDSA") => Promise<[Key, string]>} makeKey
+ * @property {(use: Use) => Promise<[Key, string]>} makeKey
  * @property {(pub: string) => Promise<void>} check
  * @property {(pub: string, context: Bytes, plaintext: Bytes) => Promise<Bytes>} seal
  * @property {(key: Key, context: Bytes, sealed: Bytes) => Promise<Bytes>} open
@@ -377,17 +378,15 @@ const B = 0xb3312fa7e23ee7e4988e056be3f82d19181d9c6efe8141120314088f5013875ac656
 const KEM = concat(toUtf8("KEM"), Uint8Array.of(0, 0x11)); // DHKEM(P-384, HKDF-SHA384)
 const HPKE = concat(toUtf8("HPKE"), Uint8Array.of(0, 0x11, 0, 2, 0, 2)); // with HKDF-SHA384, AES-256-GCM
 const NOTHING = new Uint8Array();
+const ES384 = { name: "ECDSA", hash: "SHA-384" };
+
+/** @param {Use} name */
+const curve = (name) => ({ name, namedCurve: "P-384" });
 
 /** @param {Bytes} raw uncompressed */
 const compress = (raw) => concat(Uint8Array.of(2 + (raw[POINT_BYTES - 1] & 1)), raw.slice(1, HASH_BYTES + 1));
 
-/** @param {bigint} number */
-const toHex = (number) => number.toString(16).padStart(2 * HASH_BYTES, "0");
-
-/**
- * Return the uncompressed point, for engines that take no other; throw if there is none.
- * @param {Bytes} point compressed
- */
+/** Return the uncompressed point, for engines that take no other; throw if there is none. @param {Bytes} point */
 export function decompress(point) {
   const x = BigInt(`0x${Array.from(point.slice(1), (octet) => octet.toString(16).padStart(2, "0")).join("")}`);
   const square = (x ** 3n - 3n * x + B) % P;
@@ -395,8 +394,8 @@ export function decompress(point) {
   for (const bit of ((P + 1n) / 4n).toString(2)) root = root * root * (bit === "1" ? square : 1n) % P; // P = 3 mod 4
   if (x >= P || (root * root - square) % P) throw new RangeError("no point of the curve");
   const y = Number(root & 1n) === point[0] - 2 ? root : P - root;
-  const octets = /** @type {string[]} */ ((toHex(x) + toHex(y)).match(/../g)).map((hex) => parseInt(hex, 16));
-  return Uint8Array.of(4, ...octets);
+  const octets = y.toString(16).padStart(2 * HASH_BYTES, "0").match(/../g) ?? [];
+  return concat(Uint8Array.of(4), point.slice(1), Uint8Array.from(octets, (hex) => parseInt(hex, 16)));
 }
 
 /**
@@ -412,61 +411,55 @@ export class SystemSuite {
     this._subtle = crypto.subtle;
   }
 
-  /** @param {number} count */
+  /** @type {Suite["random"]} */
   random(count) {
     return this._crypto.getRandomValues(new Uint8Array(count));
   }
 
-  /** @param {"ECDH" | "ECDSA"} use @returns {Promise<[CryptoKeyPair, string]>} */
+  /** @type {Suite["makeKey"]} */
   async makeKey(use) {
     const usages = /** @type {KeyUsage[]} */ (use === "ECDH" ? ["deriveBits"] : ["sign", "verify"]);
-    const key = /** @type {CryptoKeyPair} */ (
-      await this._subtle.generateKey({ name: use, namedCurve: "P-384" }, false, usages));
-    return [key, encodeBase64url(compress(await this._export(key.publicKey)))];
+    const pair = /** @type {CryptoKeyPair} */ (await this._subtle.generateKey(curve(use), false, usages));
+    return [pair, encodeBase64url(compress(await this._export(pair.publicKey)))];
   }
 
-  /** @param {string} pub */
+  /** @type {Suite["check"]} */
   async check(pub) {
     await this._import(pub, "ECDH");
   }
 
-  /** @param {string} pub @param {Bytes} context @param {Bytes} plaintext */
+  /** @type {Suite["seal"]} */
   async seal(pub, context, plaintext) {
     const [theirs, [ours]] = await Promise.all([this._import(pub, "ECDH"), this.makeKey("ECDH")]);
     const enc = await this._export(ours.publicKey);
-    const { key, iv } = await this._schedule(ours.privateKey, theirs, concat(enc, await this._export(theirs)), context);
-    return concat(enc, new Uint8Array(await this._subtle.encrypt({ name: "AES-GCM", iv }, key, plaintext)));
+    const cipher = await this._schedule(ours, theirs, concat(enc, await this._export(theirs)), context);
+    return concat(enc, new Uint8Array(await this._subtle.encrypt(...cipher, plaintext)));
   }
 
-  /** @param {CryptoKeyPair} pair @param {Bytes} context @param {Bytes} sealed */
-  async open(pair, context, sealed) {
+  /** @type {Suite["open"]} */
+  async open(ours, context, sealed) {
     try {
       const enc = sealed.slice(0, POINT_BYTES);
       if (enc[0] !== 4) throw new RangeError("another form of points");
-      const theirs = await this._subtle.importKey("raw", enc, { name: "ECDH", namedCurve: "P-384" }, true, []);
-      const both = concat(enc, await this._export(pair.publicKey));
-      const { key, iv } = await this._schedule(pair.privateKey, theirs, both, context);
-      return new Uint8Array(await this._subtle.decrypt({ name: "AES-GCM", iv }, key, sealed.slice(POINT_BYTES)));
+      const theirs = await this._subtle.importKey("raw", enc, curve("ECDH"), true, []);
+      const cipher = await this._schedule(ours, theirs, concat(enc, await this._export(ours.publicKey)), context);
+      return new Uint8Array(await this._subtle.decrypt(...cipher, sealed.slice(POINT_BYTES)));
     } catch {
       throw new Refused("seal");
     }
   }
 
-  /** @param {CryptoKeyPair} pair @param {Bytes} octets */
-  async sign(pair, octets) {
-    return new Uint8Array(await this._subtle.sign({ name: "ECDSA", hash: "SHA-384" }, pair.privateKey, octets));
+  /** @type {Suite["sign"]} */
+  async sign({ privateKey }, octets) {
+    return new Uint8Array(await this._subtle.sign(ES384, privateKey, octets));
   }
 
-  /** @param {string} pub @param {Bytes} signature @param {Bytes} octets */
+  /** @type {Suite["verify"]} */
   async verify(pub, signature, octets) {
-    try {
-      const key = await this._import(pub, "ECDSA");
-      const signed = signature.length === SIGNATURE_BYTES
-        && await this._subtle.verify({ name: "ECDSA", hash: "SHA-384" }, key, signature, octets);
-      if (!signed) throw new RangeError("another signature");
-    } catch {
-      throw new Refused("signature");
-    }
+    const key = await this._import(pub, "ECDSA").catch(() => null);
+    const signed = key && signature.length === SIGNATURE_BYTES
+      && await this._subtle.verify(ES384, key, signature, octets).catch(() => false);
+    if (!signed) throw new Refused("signature");
   }
 
   /** @param {CryptoKey} key */
@@ -474,11 +467,10 @@ export class SystemSuite {
     return new Uint8Array(await this._subtle.exportKey("raw", key));
   }
 
-  /** @param {string} pub @param {"ECDH" | "ECDSA"} use */
+  /** @param {string} pub @param {Use} use */
   async _import(pub, use) {
-    /** @param {Bytes} point @returns {Promise<CryptoKey>} */
-    const read = (point) => this._subtle.importKey("raw", point, { name: use, namedCurve: "P-384" }, true,
-      use === "ECDH" ? [] : ["verify"]);
+    /** @param {Bytes} point */
+    const read = (point) => this._subtle.importKey("raw", point, curve(use), true, use === "ECDH" ? [] : ["verify"]);
     try {
       const point = decodeBase64url(pub);
       if (!PUB.test(pub)) throw new RangeError("not compressed");
@@ -490,19 +482,20 @@ export class SystemSuite {
 
   /**
    * Return key and nonce of RFC 9180, sections 4.1 and 5.1, mode base; one message for each, so the nonce is the first.
-   * @param {CryptoKey} ours @param {CryptoKey} theirs @param {Bytes} both enc and the recipient's point
-   * @param {Bytes} context
+   * `points` are enc and the recipient's.
+   * @param {CryptoKeyPair} ours @param {CryptoKey} theirs @param {Bytes} points @param {Bytes} context
+   * @returns {Promise<[AesGcmParams, CryptoKey]>}
    */
-  async _schedule(ours, theirs, both, context) {
-    const dh = new Uint8Array(await this._subtle.deriveBits({ name: "ECDH", public: theirs }, ours, 8 * HASH_BYTES));
-    const shared = await expand(await extract(NOTHING, KEM, "eae_prk", dh), KEM, "shared_secret", both, HASH_BYTES);
-    const hashed = await Promise.all([
-      extract(NOTHING, HPKE, "psk_id_hash", NOTHING), extract(NOTHING, HPKE, "info_hash", context)]);
-    const all = concat(Uint8Array.of(0), ...hashed);
+  async _schedule({ privateKey }, theirs, points, context) {
+    const dh = await this._subtle.deriveBits({ name: "ECDH", public: theirs }, privateKey, 8 * HASH_BYTES);
+    const prk = await extract(NOTHING, KEM, "eae_prk", new Uint8Array(dh));
+    const shared = await expand(prk, KEM, "shared_secret", points, HASH_BYTES);
+    const all = concat(Uint8Array.of(0), await extract(NOTHING, HPKE, "psk_id_hash", NOTHING),
+      await extract(NOTHING, HPKE, "info_hash", context));
     const secret = await extract(shared, HPKE, "secret", NOTHING);
-    const [raw, iv] = await Promise.all([
-      expand(secret, HPKE, "key", all, 32), expand(secret, HPKE, "base_nonce", all, 12)]);
-    return { key: await this._subtle.importKey("raw", raw, "AES-GCM", false, ["encrypt", "decrypt"]), iv };
+    const raw = await expand(secret, HPKE, "key", all, 32);
+    const key = await this._subtle.importKey("raw", raw, "AES-GCM", false, ["encrypt", "decrypt"]);
+    return [{ name: "AES-GCM", iv: await expand(secret, HPKE, "base_nonce", all, 12) }, key];
   }
 }
 
@@ -579,7 +572,10 @@ const matches = (pattern) => (value) => typeof value === "string" && pattern.tes
 const isSdp = (kind) => (value) => isObject(value) && value.type === kind && typeof value.sdp === "string";
 
 /** @param {Fits} fits @returns {Fits} */
-const orNull = (fits) => (value) => value === undefined || value === null || fits(value);
+const orNull = (fits) => (value) => value === null || fits(value);
+
+/** @param {Fits} fits @returns {Fits} */
+const orNone = (fits) => (value) => value === undefined || value === null || fits(value);
 
 /** @type {Fits} */
 const isText = (value) => typeof value === "string";
@@ -594,9 +590,9 @@ const ALWAYS = {
 /** The form of the members of each type. What is not here is ignored. @type {Record<string, Record<string, Fits>>} */
 const MEMBERS = {
   hello: { re: (value) => value === null, nonce: matches(RANDOM), sdpOffer: isSdp("offer") },
-  welcome: { re: matches(HASH), r: matches(RANDOM), sdpAnswer: orNull(isSdp("answer")) },
+  welcome: { re: matches(HASH), r: matches(RANDOM), sdpAnswer: orNone(isSdp("answer")) },
   used: { re: matches(HASH), r: matches(RANDOM) },
-  ready: { re: matches(HASH), sdpOffer: orNull(isSdp("offer")) },
+  ready: { re: matches(HASH), sdpOffer: orNone(isSdp("offer")) },
   offer: { re: anyRe, sdpOffer: isSdp("offer") },
   answer: { re: matches(HASH), sdpAnswer: isSdp("answer") },
   call: { re: anyRe },
@@ -636,10 +632,7 @@ export async function readJws(text) {
   }
   const { type } = payload;
   for (const [name, fits] of Object.entries({ ...ALWAYS, ...MEMBERS[type] })) {
-    const present = Object.hasOwn(payload, name);
-    if (!fits(present ? payload[name] : undefined) || (name === "re" && !present)) {
-      throw new Refused("payload", `${type} with a wrong ${name}`);
-    }
+    if (!fits(payload[name])) throw new Refused("payload", `${type} with a wrong ${name}`);
   }
   if ((proof !== null) !== (type === "hello")) {
     throw new Refused("jws", "a proof is the fourth part of a hello, and of nothing else");
@@ -789,9 +782,9 @@ export function checkKept(record) {
 
 /**
  * `save`: write the record down, durably, before anything that follows; if that fails, drop the Contact. `forget`:
- * delete it. `send` data to a mailbox. `gather`: make a peer connection in place of the former one, and an offer (or the
- * answer to this offer): `gathered`. `join`: give the answer to it. `write` one binary message on its channel. `close`
- * it, if there is one. `tell` the app a key of EVENTS.
+ * delete it. `send` data to a mailbox. `gather`: make a peer connection in place of the former one, and an offer (or
+ * the answer to this offer): `gathered`. `join`: give the answer to it. `write` one binary message on its channel.
+ * `close` it, if there is one. `tell` the app a key of EVENTS.
  * @typedef {{do: "save", kept: Kept} | {do: "forget"} | {do: "send", mailbox: Mailbox, data: string}
  *   | {do: "gather", ask: number, offer: Sdp | null} | {do: "join", ask: number, answer: Sdp}
  *   | {do: "write", ask: number, octets: Bytes} | {do: "close", ask: number} | {do: "tell", event: string}} Effect
@@ -876,6 +869,7 @@ export const CONNECTING = table(
   "connected | closed | lose | apart",
   "apart gathering waiting joining proving connected | stop | stop | apart",
 );
+const KNOWN = { allowHttp: true }; // what is kept was checked when it came
 const LASTING = ["opened", "ready"]; // the opener in these states wants to connect, whether the app does or not
 const NUMBERED_FOR = { inviter: ["ready", "offer", "unshare"], opener: ["answer", "call", "unshare"] };
 const RESTLESS = ["gathering", "waiting", "joining", "proving"];
@@ -893,10 +887,17 @@ const APART = { state: "apart", sinceS: -Infinity, lateS: Infinity, ask: 0, caus
 /**
  * A message from a mailbox: to which address it came, and whether since the check before.
  * @typedef {{message: Message, own: Own, fresh: boolean}} Found
+ *
+ * What is known of a mailbox: `at` is the cursor, -1 before the first check; `held` how many messages it has, as far as
+ * is known; `readS` when it was last read to its end, `zeroS` the same from 0, `asksZero` if the check under way does.
+ * @typedef {{at: number, held: number, readS: number, zeroS: number, asksZero: boolean}} Box
+ *
+ * @typedef {(message: Message, fresh: boolean) => Promise<string>} Does
  */
 
 // ---------------------------------------------------------------------------------------
-// The machine of one contact.
+// The machine of one contact. What a private method is for is said in connectoid.py, which
+// has the same ones; here is said what differs.
 // ---------------------------------------------------------------------------------------
 
 /**
@@ -927,16 +928,8 @@ export class Contact {
     this._repeatedS = new Map(); // when a type was last sent as a reply that may be asked for often
     /** @type {Found[]} */
     this._asks = []; // numbered messages of a round
-    /** @type {Map<string, number>} */
-    this._ats = new Map(); // cursors, by mailbox
-    /** @type {Map<string, number>} */
-    this._held = new Map(); // messages in a mailbox, as far as is known
-    /** @type {Map<string, number>} */
-    this._readS = new Map(); // when a mailbox was last read to its end
-    /** @type {Map<string, number>} */
-    this._fromZeroS = new Map();
-    /** @type {Set<string>} */
-    this._askedZero = new Set(); // mailboxes whose check under way is from 0
+    /** @type {Map<string, Box>} */
+    this._boxes = new Map(); // by the mailbox's key
     /** @type {Set<string>} */
     this._seen = new Set();
   }
@@ -1038,10 +1031,7 @@ export class Contact {
     });
   }
 
-  /**
-   * Use other relays from now on, and tell the contact; throw UsageError for bad ones.
-   * @param {Now} now @param {Relay[]} relays
-   */
+  /** Use other relays from now on, and tell the contact; throw UsageError. @param {Now} now @param {Relay[]} relays */
   move(now, relays) {
     return this._step(now, async () => {
       if (!["ready", "paired"].includes(this.kept.state)) {
@@ -1057,10 +1047,7 @@ export class Contact {
 
   // -- Events: what WebRTC says --------------------------------------------------------
 
-  /**
-   * Take the offer or answer that a gather asked for; null if WebRTC failed.
-   * @param {Now} now @param {number} ask @param {Sdp | null} sdp
-   */
+  /** Take what was gathered; null if WebRTC failed. @param {Now} now @param {number} ask @param {Sdp | null} sdp */
   gathered(now, ask, sdp) {
     return this._hear(now, ask, "gathered", sdp);
   }
@@ -1070,10 +1057,7 @@ export class Contact {
     return this._hear(now, ask, "channel");
   }
 
-  /**
-   * Take a binary message of the channel; after `connected` they are the app's.
-   * @param {Now} now @param {number} ask @param {Bytes} octets
-   */
+  /** Take what came before `connected`: a binary message. @param {Now} now @param {number} ask @param {Bytes} octets */
   channelMessage(now, ask, octets) {
     return this._hear(now, ask, "octets", octets);
   }
@@ -1125,9 +1109,9 @@ export class Contact {
    */
   polls(now, url) {
     return this._owns().flatMap(pairs).filter(([mailbox]) => mailbox.url === url).map(([mailbox, key]) => {
-      const zero = this._fromZero(now, mailbox.pub);
-      this._askedZero[zero ? "add" : "delete"](mailbox.pub);
-      return { mailbox, key, at: zero ? 0 : this._ats.get(mailbox.pub) ?? 0 };
+      const box = this._box(mailbox.pub);
+      box.asksZero = now.monotonicS - box.zeroS >= ZERO_EVERY_S;
+      return { mailbox, key, at: box.asksZero ? 0 : box.at };
     });
   }
 
@@ -1144,10 +1128,7 @@ export class Contact {
 
   // -- Steps, and both tables ------------------------------------------------------------
 
-  /**
-   * Do one event after those before it: what is to be done is returned, save before all.
-   * @param {Now} now @param {() => Promise<void>} work @returns {Promise<Effect[]>}
-   */
+  /** @param {Now} now @param {() => Promise<void>} work @returns {Promise<Effect[]>} */
   _step(now, work) {
     const run = this._last.then(async () => {
       const { kept, attempt } = this;
@@ -1207,6 +1188,11 @@ export class Contact {
     this._effects.push(effect);
   }
 
+  /** @param {string} event */
+  _tell(event) {
+    this._do({ do: "tell", event });
+  }
+
   _wants() {
     const wanted = this._wanted || LASTING.includes(this.kept.state);
     return wanted && this.attempt.state === "apart" && ["paired", ...LASTING].includes(this.kept.state);
@@ -1221,19 +1207,25 @@ export class Contact {
 
   /** @param {Own} own @param {Key} key @param {string} pub @param {[number, string][]} boxed */
   async _readAll(own, key, pub, boxed) {
+    const box = this._box(pub);
     const nowS = this._now.monotonicS;
-    const fresh = nowS - (this._readS.get(pub) ?? -Infinity) <= FRESH_S;
+    const fresh = nowS - box.readS <= FRESH_S;
     /** @type {Found[]} */
     const found = [];
     for (const [, data] of boxed) {
       await this._orDrop(async () => void found.push({ message: await this._read(own, key, data), own, fresh }));
     }
-    const zero = this._askedZero.has(pub) || !this._ats.has(pub);
-    if (zero) this._fromZeroS.set(pub, nowS);
-    this._held.set(pub, (zero ? 0 : this._held.get(pub) ?? 0) + boxed.length);
-    this._readS.set(pub, nowS);
-    this._ats.set(pub, Math.max(this._ats.get(pub) ?? 0, ...boxed.map(([at]) => at)));
+    const zero = box.asksZero || box.at < 0;
+    Object.assign(box, { at: Math.max(box.at, 0, ...boxed.map(([at]) => at)), readS: nowS,
+      zeroS: zero ? nowS : box.zeroS, held: (zero ? 0 : box.held) + boxed.length });
     return found;
+  }
+
+  /** @param {string} pub */
+  _box(pub) {
+    const box = this._boxes.get(pub) ?? { at: -1, held: 0, readS: -Infinity, zeroS: -Infinity, asksZero: false };
+    this._boxes.set(pub, box);
+    return box;
   }
 
   /** @param {Own} own @param {Key} key @param {string} data */
@@ -1241,16 +1233,14 @@ export class Contact {
     const digest = encodeBase64url(await sha256(toUtf8(data)));
     if (this._seen.has(digest)) throw new Refused("replay");
     this._seen.add(digest);
-    for (const oldest of this._seen.size > MAX_SEEN ? this._seen : []) {
-      this._seen.delete(oldest);
-      break;
-    }
+    const [oldest] = this._seen;
+    if (this._seen.size > MAX_SEEN) this._seen.delete(oldest);
     const message = await readJws(await openMessage(this._suite, key, data));
     if (message.payload.to !== own.address) throw new Refused("recipient");
     return message;
   }
 
-  /** Count what is refused, and go on. @param {() => Promise<void>} work */
+  /** @param {() => Promise<void>} work */
   async _orDrop(work) {
     try {
       await work();
@@ -1265,15 +1255,7 @@ export class Contact {
     this.dropped[reason] = (this.dropped[reason] ?? 0) + 1;
   }
 
-  /** @param {Now} now @param {string} pub */
-  _fromZero(now, pub) {
-    return !this._ats.has(pub) || now.monotonicS - (this._fromZeroS.get(pub) ?? -Infinity) >= ZERO_EVERY_S;
-  }
-
-  /**
-   * Check who sent a message, and let the pairing have it; what asks for a connection waits for _act.
-   * @param {Found} found
-   */
+  /** @param {Found} found */
   async _take(found) {
     const { message, own, fresh } = found;
     if (message.type === "hello") await this._checkHello(message, own);
@@ -1290,7 +1272,7 @@ export class Contact {
   /** @param {Message} message @param {Own} own */
   async _checkHello(message, own) {
     if (this.kept.role !== "inviter" || own.address !== this.kept.invited?.address) throw new Refused("unexpected");
-    const { secret } = parseInvitation(this.kept.invitation, { allowHttp: true });
+    const { secret } = parseInvitation(this.kept.invitation, KNOWN);
     const proof = toUtf8(await prove(secret, message.jws));
     if (!isSame(proof, toUtf8(String(message.proof)))) throw new Refused("proof");
   }
@@ -1299,7 +1281,7 @@ export class Contact {
   async _checkWelcome({ payload, hash }) {
     if (hash === this.kept.welcomeHash) throw new Refused("replay"); // the copy in another mailbox
     if (this.kept.role !== "opener" || !this.kept.invitation) throw new Refused("unexpected");
-    const { commitment } = parseInvitation(this.kept.invitation, { allowHttp: true });
+    const { commitment } = parseInvitation(this.kept.invitation, KNOWN);
     if (!isSame(await hashCommitment(payload.from, payload.r), commitment)) throw new Refused("commitment");
     if (payload.re !== this.kept.helloHash) throw new Refused("reply");
   }
@@ -1312,7 +1294,7 @@ export class Contact {
     if (payload.seq <= this.kept.seenSeq) throw new Refused("replay");
   }
 
-  /** Accept a numbered message of the contact: all that it carries is true from now on. @param {Found} found */
+  /** @param {Found} found */
   async _accepted(found) {
     const { message: { payload, type }, own } = found;
     if (this.kept.state === "ended") throw new Refused("unexpected"); // by an earlier message of this round
@@ -1326,10 +1308,7 @@ export class Contact {
 
   // -- Pairing: what PAIRING names -----------------------------------------------------
 
-  /**
-   * Take the first hello with a valid proof: the only one that ever counts.
-   * @param {Message} message @param {boolean} fresh
-   */
+  /** @type {Does} */
   async _bind(message, fresh) {
     const { invitation, signer, r } = this.kept;
     this._keep({ helloHash: message.hash, contact: message.payload.from, contactAddress: message.payload.connectoid,
@@ -1345,14 +1324,9 @@ export class Contact {
     else await this._sendWelcome(null);
   }
 
-  /**
-   * Repeat the welcome to the hello that counts, and refuse all others.
-   * @param {Message} message @param {boolean} fresh
-   */
+  /** @type {Does} */
   async _greet(message, fresh) {
-    if (message.hash !== this.kept.helloHash) {
-      return this._warn(message, fresh);
-    }
+    if (message.hash !== this.kept.helloHash) return this._warn(message, fresh);
     if (this.kept.welcome && this._mayRepeat("welcome")) {
       await this._post(message.payload.connectoid, this.kept.welcome);
     } else if (!this.kept.welcome && this.attempt.state === "apart") {
@@ -1361,20 +1335,14 @@ export class Contact {
     return this.kept.state;
   }
 
-  /**
-   * Tell the app once of another who has the link, and him that it is used.
-   * @param {Message} message @param {boolean} fresh
-   */
+  /** @type {Does} */
   async _warn(message, fresh) {
     const told = this._effects.some((effect) => effect.do === "tell" && effect.event === "opened_twice");
-    if (!told && (fresh || !this.kept.usedTo.includes(message.hash))) this._do({ do: "tell", event: "opened_twice" });
+    if (!told && (fresh || !this.kept.usedTo.includes(message.hash))) this._tell("opened_twice");
     return this._refuse(message, fresh);
   }
 
-  /**
-   * Say that the link is used: with r, which proves it. What a restart reads again was answered before.
-   * @param {Message} message @param {boolean} fresh
-   */
+  /** @type {Does} */
   async _refuse(message, fresh) {
     const { usedTo } = this.kept;
     const again = usedTo.includes(message.hash) && !fresh;
@@ -1385,9 +1353,9 @@ export class Contact {
     return this.kept.state;
   }
 
-  /** Take the welcome that the link vouches for, and answer it with ready. @param {Message} message */
+  /** @param {Message} message */
   async _accept(message) {
-    this._do({ do: "tell", event: "paired" });
+    this._tell("paired");
     const { from, r, connectoid } = message.payload;
     const { invitation, hello, helloHash } = this.kept;
     this._keep({ contact: from, contactAddress: connectoid, welcomeHash: message.hash,
@@ -1401,10 +1369,9 @@ export class Contact {
     return "ready";
   }
 
-  /** Be sure that the other has what it needs to know. */
   _confirm() {
     if (this.kept.role === "inviter") {
-      this._do({ do: "tell", event: "paired" });
+      this._tell("paired");
       this._wanted = true;
       if (this.attempt.state === "joining") this._lateIn(AGAIN_AFTER_ANSWER_S);
     } else {
@@ -1417,7 +1384,6 @@ export class Contact {
     return "paired";
   }
 
-  /** Leave a tombstone: keys, and where to tell the other. */
   async _withdraw() {
     const { state, contactAddress, helloHash } = this.kept;
     if (state === "welcomed") await this._sendUsed(contactAddress, helloHash); // all that an opener can check so far
@@ -1427,13 +1393,13 @@ export class Contact {
     return "unshared";
   }
 
-  /** Tell the former contact. @param {Message} message */
+  /** @param {Message} message */
   async _part(message) {
     if (this._mayRepeat("unshare")) await this._say("unshare", message.hash);
     return "unshared";
   }
 
-  /** Tell an inviter whose welcome comes when the user has thought better of it. @param {Message} message */
+  /** @param {Message} message */
   async _partLate(message) {
     this._keep({ contact: message.payload.from, contactAddress: message.payload.connectoid });
     return this._part(message);
@@ -1445,12 +1411,12 @@ export class Contact {
     return "ended";
   }
 
-  /** Keep nothing but the name, the reason, and which link it was. @param {string} why */
+  /** @param {string} why */
   async _end(why) {
     await this._turn("stop");
     const { role, state, name, linkHash } = this.kept;
     this.kept = { ...BLANK, role, state, name, linkHash, why, expiresUs: NEVER_US };
-    this._do({ do: "tell", event: why });
+    this._tell(why);
     return "ended";
   }
 
@@ -1464,7 +1430,7 @@ export class Contact {
 
   async _partExpired() {
     await this._turn("stop");
-    this._do({ do: "tell", event: "expired" });
+    this._tell("expired");
     return this._withdraw();
   }
 
@@ -1479,7 +1445,6 @@ export class Contact {
 
   // -- Connecting: what CONNECTING names -----------------------------------------------
 
-  /** Do what the newest of this round's messages asks for. */
   async _act() {
     const asks = this._asks.splice(0).reverse();
     for (const { message, fresh } of this.kept.state === "paired" ? asks : []) {
@@ -1496,7 +1461,6 @@ export class Contact {
     }
   }
 
-  /** Call or offer, as the role has it; in `opened` the hello is the offer. */
   async _begin() {
     if (!["paired", ...LASTING].includes(this.kept.state)) return "apart";
     this._beginS = this._now.monotonicS + AGAIN_IDLE_S;
@@ -1542,10 +1506,7 @@ export class Contact {
     return "gathering";
   }
 
-  /**
-   * Send what was gathered, in the message that this state asks for; without it wait for the next attempt.
-   * @param {Sdp | null} [sdp]
-   */
+  /** @param {Sdp | null} [sdp] */
   async _sendSdp(sdp = null) {
     this._lateIn(AGAIN_AFTER_OFFER_S);
     if (this.kept.state === "welcomed") {
@@ -1570,7 +1531,7 @@ export class Contact {
     if (state === "paired") return this._say("offer", this.attempt.cause, { sdpOffer });
     const nonce = encodeBase64url(this._suite.random(SECRET_BYTES));
     const jws = await this._sign("hello", contactAddress, null, { nonce, sdpOffer });
-    const { secret } = parseInvitation(invitation, { allowHttp: true });
+    const { secret } = parseInvitation(invitation, KNOWN);
     this._keep({ hello: `${jws}.${await prove(secret, jws)}`, helloHash: await hashJws(jws) });
     await this._post(contactAddress, this.kept.hello);
     return this.kept.helloHash;
@@ -1584,7 +1545,6 @@ export class Contact {
     return "joining";
   }
 
-  /** Try once more while there is hope; then seldom. */
   _again() {
     const leftS = this._activeUntilS - this._now.monotonicS;
     if (this.kept.state === "welcomed" && leftS > 0) {
@@ -1594,14 +1554,14 @@ export class Contact {
     const answered = this.attempt.state !== "waiting";
     this._failed += Number(answered);
     if (leftS > 0 && this._failed < MAX_UNREACHABLE) return this._begin();
-    this._do({ do: "tell", event: answered ? "unreachable" : "unanswered" });
+    this._tell(answered ? "unreachable" : "unanswered");
     this._close();
     return "apart";
   }
 
   async _challenge() {
     const challenge = this._suite.random(CHALLENGE_BYTES);
-    const [{ pub }] = parseAddress(this.kept.contactAddress, { allowHttp: true });
+    const [{ pub }] = parseAddress(this.kept.contactAddress, KNOWN);
     this._set({ challenge });
     this._lateIn(AGAIN_AFTER_ANSWER_S);
     const octets = await this._suite.seal(pub, this._channelContext(), challenge);
@@ -1609,7 +1569,7 @@ export class Contact {
     return "proving";
   }
 
-  /** Open the other's challenge and send it back; then expect one's own. @param {Bytes} octets */
+  /** @param {Bytes} octets */
   async _prove(octets) {
     const { ask, replied, challenge } = this.attempt;
     if (!replied) {
@@ -1621,7 +1581,7 @@ export class Contact {
       }
     } else if (isSame(octets, challenge)) {
       this._failed = 0;
-      this._do({ do: "tell", event: "connected" });
+      this._tell("connected");
       if (PAIRING.has(`${this.kept.state} proven`)) await this._pair("proven");
       return "connected";
     }
@@ -1653,7 +1613,7 @@ export class Contact {
 
   _lose() {
     this._wanted = false;
-    this._do({ do: "tell", event: "disconnected" });
+    this._tell("disconnected");
     return "apart";
   }
 
@@ -1662,12 +1622,10 @@ export class Contact {
     return "apart";
   }
 
-  /** Tell the app that the connection it has is given up for another. */
   _leave() {
-    if (this.attempt.state === "connected") this._do({ do: "tell", event: "disconnected" });
+    if (this.attempt.state === "connected") this._tell("disconnected");
   }
 
-  /** Close the peer connection: an answer to its offer is none any more. */
   _close() {
     this._do({ do: "close", ask: this.attempt.ask });
     this._set({ offer: "" });
@@ -1687,11 +1645,10 @@ export class Contact {
     return true;
   }
 
-  /** Whether the address is old (also by a clock that was ahead), or fuller than a relay may let it become. */
   _isRotationDue() {
     const ageUs = this._now.wallUs - this.kept.rotatedUs;
     const current = this.kept.current ? pairs(this.kept.current) : [];
-    const crowded = current.some(([mailbox]) => (this._held.get(mailbox.pub) ?? 0) >= CROWDED_MESSAGES);
+    const crowded = current.some(([{ pub }]) => this._box(pub).held >= CROWDED_MESSAGES);
     return crowded || ageUs < 0 || ageUs >= ROTATION_US;
   }
 
@@ -1702,15 +1659,12 @@ export class Contact {
     this._noteNew(pending, this._now);
   }
 
-  /** Remember that a mailbox that did not exist before now holds nothing older. @param {Own} own @param {Now} now */
+  /** @param {Own} own @param {Now} now */
   _noteNew(own, now) {
-    for (const [{ pub }] of pairs(own)) this._readS.set(pub, now.monotonicS);
+    for (const [{ pub }] of pairs(own)) this._box(pub).readS = now.monotonicS;
   }
 
-  /**
-   * Send a numbered message to the contact; return its hash.
-   * @param {string} kind @param {string | null} re @param {object} [members]
-   */
+  /** @param {string} kind @param {string | null} re @param {object} [members] */
   async _say(kind, re, members) {
     if (!this.kept.pending && this.kept.relays.length && this._isRotationDue()) await this._rotate();
     const jws = await this._sign(kind, this.kept.contactAddress, re, members);
@@ -1734,10 +1688,7 @@ export class Contact {
     await this._post(address, await this._sign("used", address, re, { r: this.kept.r }));
   }
 
-  /**
-   * Return a new message, with all that is true now.
-   * @param {string} type @param {string} to @param {string | null} re @param {object} [members]
-   */
+  /** @param {string} type @param {string} to @param {string | null} re @param {object} [members] */
   async _sign(type, to, re, members) {
     const believedUs = this._now.wallUs < MAX_SEQ / 2 ? this._now.wallUs : 0;
     this._keep({ seq: Math.max(believedUs, this.kept.seq + 1) });
@@ -1749,7 +1700,7 @@ export class Contact {
 
   /** @param {string} address @param {string} text */
   async _post(address, text) {
-    for (const mailbox of parseAddress(address, { allowHttp: true })) {
+    for (const mailbox of parseAddress(address, KNOWN)) {
       this._do({ do: "send", mailbox, data: await sealMessage(this._suite, mailbox.pub, text) });
     }
     this._fastUntilS = this._now.monotonicS + POLL_FAST_FOR_S;
@@ -1760,7 +1711,7 @@ export class Contact {
 const order = ({ message: { type, payload } }) => (UNNUMBERED.includes(type) ? 0 : payload.seq);
 
 /** @param {Own} own @returns {[Mailbox, Key][]} */
-const pairs = ({ address, keys }) => parseAddress(address, { allowHttp: true }).map((box, place) => [box, keys[place]]);
+const pairs = ({ address, keys }) => parseAddress(address, KNOWN).map((box, place) => [box, keys[place]]);
 
 /**
  * Return a new address with a key for each relay; throw UsageError for bad relays.
@@ -1878,37 +1829,6 @@ function lock(locks, name) {
   });
 }
 
-/** Keep contacts as long as the program runs: for tests. */
-export class MemoryStore {
-  constructor() {
-    /** @type {Map<number, Kept>} */
-    this.records = new Map();
-    this._last = 0;
-  }
-
-  async load() {
-    return new Map(this.records);
-  }
-
-  /** @param {Kept} kept */
-  async add(kept) {
-    this.records.set(++this._last, kept);
-    return this._last;
-  }
-
-  /** @param {number} number @param {Kept} kept */
-  async save(number, kept) {
-    this.records.set(number, kept);
-  }
-
-  /** @param {number} number */
-  async delete(number) {
-    this.records.delete(number);
-  }
-
-  close() {}
-}
-
 // ---------------------------------------------------------------------------------------
 // The client of a relay: fetch, and nothing believed. PROTOCOL.md, "Operations", "Guards".
 // ---------------------------------------------------------------------------------------
@@ -2024,6 +1944,9 @@ async function readBody(response) {
   }
 }
 
+/** @param {unknown} error */
+const retryS = (error) => (error instanceof RelayError ? error.retryS : 0);
+
 /** @param {any} reply */
 const retryOf = (reply) => (reply?.retry > 0 ? Math.min(Number(reply.retry), MAX_RETRY_S) : 0);
 
@@ -2046,8 +1969,7 @@ export async function readMailboxes(suite, client, polls, waitS, signal) {
       read.set(poll.mailbox.pub, await readMailbox(suite, client, poll, replies[place]));
     } catch (error) {
       if (!(error instanceof RelayError || error instanceof Refused)) throw error;
-      const retryS = error instanceof RelayError ? error.retryS : 0;
-      if (!failed || retryS > failed.retryS) failed = new RelayError(error.message, retryS);
+      if (!failed || retryS(error) > failed.retryS) failed = new RelayError(error.message, retryS(error));
     }
   }
   if (failed && !read.size) throw failed;
@@ -2089,7 +2011,8 @@ const CLOSED = "The connection is closed.";
 
 /**
  * Makes peer connections: one for each contact, the newest `ask`. Reports are (contact, event, ask, value): `gathered`
- * with an offer, an answer or null, `opened`, `message` with bytes or a string, `closed`.
+ * with an offer, an answer or null, `opened`, `message` with bytes or a string, `closed`. `write` resolves when there
+ * is room for more, and rejects with NotConnectedError.
  * @typedef {(contact: number, event: string, ask: number, value?: any) => void} Report
  * @typedef {object} WebRTC
  * @property {(report: Report) => void} start
@@ -2099,16 +2022,15 @@ const CLOSED = "The connection is closed.";
  * @property {(contact: number, ask: number) => void} close
  * @property {() => void} stop
  *
- * @typedef {{ask: number, connection: RTCPeerConnection | null, channel: RTCDataChannel | null, closed: boolean}} Peer
+ * `tell` reports an event of this one, as long as it is not closed.
+ * @typedef {{ask: number, connection?: RTCPeerConnection, channel?: RTCDataChannel, closed: boolean,
+ *   tell: (event: string, value?: any) => void}} Peer
  */
 
 /** @param {unknown} error */
 const warn = (error) => console.warn("WebRTC failed:", error);
 
-/**
- * Make peer connections with RTCPeerConnection.
- * @implements {WebRTC}
- */
+/** Make peer connections with RTCPeerConnection. @implements {WebRTC} */
 export class PeerAdapter {
   /** @param {typeof RTCPeerConnection} [PeerConnection] @param {System["sleep"]} [sleep] */
   constructor(PeerConnection = globalThis.RTCPeerConnection, sleep = browserSystem().sleep) {
@@ -2120,33 +2042,30 @@ export class PeerAdapter {
     this._report = () => {};
   }
 
-  /** @param {Report} report */
+  /** @type {WebRTC["start"]} */
   start(report) {
     this._report = report;
   }
 
-  /**
-   * @param {number} contact @param {number} ask @param {Sdp | null} offer @param {Promise<RTCIceServer[]>} iceServers
-   */
+  /** @type {WebRTC["gather"]} */
   async gather(contact, ask, offer, iceServers) {
     this._drop(contact);
     /** @type {Peer} */
-    const peer = { ask, connection: null, channel: null, closed: false };
+    const peer = { ask, closed: false, tell: (event, value) => {
+      if (!peer.closed) this._report(contact, event, ask, value);
+    } };
     this._peers.set(contact, peer);
-    await this._describe(contact, peer, offer, await iceServers).catch(warn);
+    await this._describe(peer, offer, await iceServers).catch(warn);
     const local = peer.connection?.localDescription;
-    if (!peer.closed) this._report(contact, "gathered", ask, local ? { type: local.type, sdp: local.sdp } : null);
+    peer.tell("gathered", local ? { type: local.type, sdp: local.sdp } : null);
   }
 
-  /** @param {number} contact @param {number} ask @param {Sdp} answer */
+  /** @type {WebRTC["join"]} */
   join(contact, ask, answer) {
     this._of(contact, ask)?.connection?.setRemoteDescription(answer).catch(warn);
   }
 
-  /**
-   * Send on the data channel; resolve when there is room for more.
-   * @param {number} contact @param {number} ask @param {Bytes | string} message
-   */
+  /** @type {WebRTC["write"]} */
   async write(contact, ask, message) {
     const channel = this._of(contact, ask)?.channel;
     if (channel?.readyState !== "open") throw new NotConnectedError(CLOSED);
@@ -2158,7 +2077,7 @@ export class PeerAdapter {
     }
   }
 
-  /** @param {number} contact @param {number} ask */
+  /** @type {WebRTC["close"]} */
   close(contact, ask) {
     if (this._of(contact, ask)) this._drop(contact);
   }
@@ -2173,46 +2092,37 @@ export class PeerAdapter {
     return peer?.ask === ask ? peer : undefined;
   }
 
-  /** @param {number} contact @param {Peer} peer @param {Sdp | null} offer @param {RTCIceServer[]} iceServers */
-  async _describe(contact, peer, offer, iceServers) {
+  /** @param {Peer} peer @param {Sdp | null} offer @param {RTCIceServer[]} iceServers */
+  async _describe(peer, offer, iceServers) {
     if (peer.closed) return;
-    const connection = new this._PeerConnection({ iceServers });
-    peer.connection = connection;
+    const connection = peer.connection = new this._PeerConnection({ iceServers });
     connection.onconnectionstatechange = () => {
       // One that never was open has its time all the same.
-      const ended = ["failed", "closed"].includes(connection.connectionState);
-      if (peer.channel && ended) this._tell(contact, peer, "closed");
+      if (peer.channel && ["failed", "closed"].includes(connection.connectionState)) peer.tell("closed");
     };
     if (offer) {
-      connection.ondatachannel = ({ channel }) => this._watch(contact, peer, channel);
+      connection.ondatachannel = ({ channel }) => this._watch(peer, channel);
       await connection.setRemoteDescription(offer);
-      await connection.setLocalDescription(await connection.createAnswer());
     } else {
-      this._watch(contact, peer, connection.createDataChannel(CHANNEL_LABEL));
-      await connection.setLocalDescription(await connection.createOffer());
+      this._watch(peer, connection.createDataChannel(CHANNEL_LABEL));
     }
+    await connection.setLocalDescription(); // an answer, if there is an offer
     const gathered = new Promise((resolve) => {
       connection.onicegatheringstatechange = () => connection.iceGatheringState === "complete" && resolve(null);
     });
     if (connection.iceGatheringState !== "complete") await Promise.race([gathered, this._sleep(GATHER_LIMIT_S)]);
   }
 
-  /** @param {number} contact @param {Peer} peer @param {RTCDataChannel} channel */
-  _watch(contact, peer, channel) {
+  /** @param {Peer} peer @param {RTCDataChannel} channel */
+  _watch(peer, channel) {
     if (peer.channel || channel.label !== CHANNEL_LABEL) return;
     peer.channel = channel;
     channel.binaryType = "arraybuffer";
     channel.bufferedAmountLowThreshold = MAX_BUFFERED_BYTES / 2;
-    channel.onmessage = ({ data }) => (
-      this._tell(contact, peer, "message", typeof data === "string" ? data : new Uint8Array(data)));
-    channel.onclose = () => this._tell(contact, peer, "closed");
-    channel.onopen = () => this._tell(contact, peer, "opened");
-    if (channel.readyState === "open") this._tell(contact, peer, "opened");
-  }
-
-  /** @param {number} contact @param {Peer} peer @param {string} event @param {unknown} [value] */
-  _tell(contact, peer, event, value) {
-    if (!peer.closed) this._report(contact, event, peer.ask, value);
+    channel.onmessage = ({ data }) => peer.tell("message", typeof data === "string" ? data : new Uint8Array(data));
+    channel.onclose = () => peer.tell("closed");
+    channel.onopen = () => peer.tell("opened");
+    if (channel.readyState === "open") peer.tell("opened");
   }
 
   /** @param {number} contact */
@@ -2229,10 +2139,11 @@ export class PeerAdapter {
   }
 }
 
-/** Make no connections: contacts can be seen and ended, no more. @type {WebRTC} */
+const LACKS_WEBRTC = "WebRTC is missing or off here: contacts can be seen and ended, but not connected.";
+/** Make no connections. @type {WebRTC} */
 const NO_WEBRTC = {
   start() {}, gather() {}, join() {}, close() {}, stop() {},
-  write: () => Promise.reject(new NotConnectedError("No WebRTC.")),
+  write: () => Promise.reject(new NotConnectedError(LACKS_WEBRTC)),
 };
 
 // ---------------------------------------------------------------------------------------
@@ -2376,7 +2287,7 @@ class Line {
       } catch (error) {
         if (!this._woken.signal.aborted) {
           this._runner.complain(error);
-          pauseS = jittered(Math.max(retryS(error), BACKOFF_S[Math.min(failures, BACKOFF_S.length - 1)]));
+          pauseS = backoffS(error, failures);
           failures += 1;
         }
       }
@@ -2423,7 +2334,7 @@ class Line {
           break;
         } catch (error) {
           this._runner.complain(error);
-          pauseS = jittered(Math.max(retryS(error), BACKOFF_S[Math.min(turn, BACKOFF_S.length - 1)]));
+          pauseS = backoffS(error, turn);
         }
         if (this._runner.stopped || this._runner.nowS() + pauseS > untilS) break;
         await this._runner.system.sleep(pauseS);
@@ -2432,14 +2343,20 @@ class Line {
   }
 }
 
-/** @param {unknown} error */
-const retryS = (error) => (error instanceof RelayError ? error.retryS : 0);
+/** @param {unknown} error @param {number} failures before it */
+function backoffS(error, failures) {
+  const pauseS = Math.max(retryS(error), BACKOFF_S[Math.min(failures, BACKOFF_S.length - 1)]);
+  return pauseS * (1 + JITTER * Math.random());
+}
 
-/** @param {number} seconds */
-const jittered = (seconds) => seconds * (1 + JITTER * Math.random());
+/**
+ * @typedef {(contact: Contact, now: Now) => Promise<Effect[]>} Step
+ * @typedef {{contact: Contact, kept: Kept, name: string, channel: Channel | null, last: Promise<unknown>,
+ *   waiting: number}} Entry
+ */
 
-/** @typedef {{contact: Contact, kept: Kept, name: string, channel: Channel | null, last: Promise<unknown>,
- *   waiting: number}} Entry */
+/** @param {string | Relay} relay @returns {Relay} */
+const asRelay = (relay) => (typeof relay === "string" ? [relay, null] : relay);
 
 /**
  * Run the contacts of one store. `relays` are for new contacts: URLs, or [URL, ext]. `onEvent(name, event)` is called
@@ -2454,7 +2371,7 @@ export class Connectoid {
    */
   constructor(store, relays = [], options = {}) {
     const { allowHttp, webrtc, iceServers = [], suite, onEvent, onProblem = console.warn, ...system } = options;
-    this.relays = relays.map((relay) => /** @type {Relay} */ (typeof relay === "string" ? [relay, null] : relay));
+    this.relays = relays.map(asRelay);
     this.system = { ...browserSystem(), ...system };
     this.suite = suite ?? new SystemSuite();
     this.webrtc = webrtc ?? (globalThis.RTCPeerConnection ? new PeerAdapter() : NO_WEBRTC);
@@ -2471,6 +2388,7 @@ export class Connectoid {
     this._lines = new Map();
     this._complaints = new Set();
     this._changed = new AbortController();
+    this._ended = new AbortController(); // nothing of the page is of interest any more
     /** @type {Promise<unknown>} */
     this._adopting = Promise.resolve();
   }
@@ -2480,25 +2398,25 @@ export class Connectoid {
     for (const [number, kept] of await this._store.load()) {
       this._enter(number, new Contact(this.suite, kept, this._allowed));
     }
+    if (this.webrtc === NO_WEBRTC) this.complain(new ConnectoidError(LACKS_WEBRTC));
     this.webrtc.start((...report) => this._reported(...report));
     const { page } = this.system;
-    for (const event of ["online", "pageshow", "pagehide"]) page.addEventListener?.(event, this._onPage);
-    page.document?.addEventListener("visibilitychange", this._onPage);
-    for (const number of this._entries.keys()) this._try(number, (contact) => contact.tick(this._now()));
+    const { signal } = this._ended;
+    for (const event of ["online", "pageshow", "pagehide"]) page.addEventListener?.(event, this._onPage, { signal });
+    page.document?.addEventListener("visibilitychange", this._onPage, { signal });
+    for (const number of this._entries.keys()) this._try(number, (contact, now) => contact.tick(now));
     this._drawLines();
     this._tickOn();
   }
 
   /** Disconnect all, let waiting messages go and close the store. Idempotent. */
   async close() {
-    const { page, sleep } = this.system;
-    for (const event of ["online", "pageshow", "pagehide"]) page.removeEventListener?.(event, this._onPage);
-    page.document?.removeEventListener("visibilitychange", this._onPage);
+    this._ended.abort();
     await this._hangUpAll();
     this.stopped = true;
     const over = new AbortController();
     const sent = Promise.all([...this._lines.values()].map(({ sending }) => sending));
-    await Promise.race([sent, sleep(STOP_S, over.signal)]);
+    await Promise.race([sent, this.system.sleep(STOP_S, over.signal)]);
     over.abort();
     this._wake();
     this._change();
@@ -2530,7 +2448,7 @@ export class Connectoid {
     return this._alone(async () => {
       const invitation = readLink(link, this._allowed);
       const linkHash = await hashLink(invitation.text);
-      const known = [...this._entries.values()].find(({ kept }) => kept.linkHash === linkHash);
+      const known = this._all().find(({ kept }) => kept.linkHash === linkHash);
       if (known?.kept.role === "inviter") throw new LinkError("This is your own link: send it to somebody else.");
       if (known) return known.kept.name;
       await this._checkNew(name);
@@ -2549,7 +2467,7 @@ export class Connectoid {
     const untilS = this.nowS() + timeoutS;
     const former = this._entries.get(number)?.channel;
     if (former && !former.closed) return former;
-    await this._run(number, (contact) => contact.connect(this._now()));
+    await this._run(number, (contact, now) => contact.connect(now));
     for (;;) {
       const { channel, kept } = this._entries.get(number) ?? {};
       if (channel && channel !== former) return channel;
@@ -2569,7 +2487,16 @@ export class Connectoid {
 
   /** End the sharing with a contact, who is told; throw UsageError. @param {string} name */
   async unshare(name) {
-    await this._run(this._number(name), (contact) => contact.unshare(this._now()));
+    await this._run(this._number(name), (contact, now) => contact.unshare(now));
+  }
+
+  /**
+   * Be reached by a contact through other relays from now on, or those of this runner; throw UsageError. The contact is
+   * told, through his own relays. Until he has written to the new address the former one is polled.
+   * @param {string} name @param {(string | Relay)[]} [relays]
+   */
+  async move(name, relays = this.relays) {
+    await this._run(this._number(name), (contact, now) => contact.move(now, relays.map(asRelay)));
   }
 
   /** Delete what is kept of a contact that has ended; throw UsageError for any other. @param {string} name */
@@ -2586,12 +2513,12 @@ export class Connectoid {
    * @param {string} name @param {{same?: boolean}} [result]
    */
   async verify(name, result) {
-    await this._run(this._number(name), (contact) => contact.verify(this._now(), result));
+    await this._run(this._number(name), (contact, now) => contact.verify(now, result));
   }
 
   /** Return what is kept of all contacts, tombstones left out, and in `attempt` what goes on to connect. */
   contacts() {
-    return [...this._entries.values()].filter(({ kept }) => kept.state !== "unshared")
+    return this._all().filter(({ kept }) => kept.state !== "unshared")
       .map(({ kept, contact }) => ({ ...kept, attempt: contact.attempt.state }));
   }
 
@@ -2609,11 +2536,11 @@ export class Connectoid {
   }
 
   mailboxes() {
-    return [...this._entries.values()].flatMap(({ contact }) => contact.mailboxes);
+    return this._all().flatMap(({ contact }) => contact.mailboxes);
   }
 
   pollGapS() {
-    return Math.min(POLL_SLOW_S, ...[...this._entries.values()].map(({ contact }) => contact.pollGapS(this._now())));
+    return Math.min(POLL_SLOW_S, ...this._all().map(({ contact }) => contact.pollGapS(this._now())));
   }
 
   /** A hidden page that expects nothing asks once a minute. */
@@ -2630,7 +2557,7 @@ export class Connectoid {
     await Promise.all([...new Set(polls.map(([number]) => number))].map((number) => {
       const pubs = polls.filter(([owner]) => owner === number).map(([, { mailbox }]) => mailbox.pub);
       const boxes = new Map([...read].filter(([pub]) => pubs.includes(pub)));
-      return this._try(number, (contact) => contact.polled(this._now(), boxes));
+      return this._try(number, (contact, now) => contact.polled(now, boxes));
     }));
   }
 
@@ -2643,14 +2570,14 @@ export class Connectoid {
 
   /** @param {number} number */
   async hangUp(number) {
-    await this._run(number, (contact) => contact.disconnect(this._now()));
+    await this._run(number, (contact, now) => contact.disconnect(now));
   }
 
   // -- Effects -------------------------------------------------------------------------
 
   /**
    * Do what a machine asks for, in order, before its next step: what could not be saved is not sent.
-   * @param {number} number @param {(contact: Contact) => Promise<Effect[]>} step
+   * @param {number} number @param {Step} step
    */
   _run(number, step) {
     const entry = this._entries.get(number);
@@ -2659,7 +2586,7 @@ export class Connectoid {
     const run = entry.last.then(async () => {
       try {
         if (!this._entries.has(number)) return;
-        for (const effect of await step(entry.contact)) await this._doOne(number, entry, effect);
+        for (const effect of await step(entry.contact, this.system.now())) await this._doOne(number, entry, effect);
       } catch (error) {
         // What is saved counts, whatever else the machine believes; messages are read once more.
         if (!(error instanceof UsageError)) entry.contact = new Contact(this.suite, entry.kept, this._allowed);
@@ -2674,7 +2601,7 @@ export class Connectoid {
     return run;
   }
 
-  /** @param {number} number @param {(contact: Contact) => Promise<Effect[]>} step */
+  /** @param {number} number @param {Step} step */
   async _try(number, step) {
     await this._run(number, step).catch((error) => this.complain(error));
   }
@@ -2691,14 +2618,14 @@ export class Connectoid {
     } else if (effect.do === "send") {
       this._line(effect.mailbox.url).send(effect.mailbox, effect.data);
     } else if (effect.do === "gather") {
-      this._endChannel(entry);
+      entry.channel?.take(null);
       webrtc.gather(number, effect.ask, effect.offer, this._servers(entry.contact));
     } else if (effect.do === "join") {
       webrtc.join(number, effect.ask, effect.answer);
     } else if (effect.do === "write") {
       webrtc.write(number, effect.ask, effect.octets).catch(() => {}); // it is closed, and will say so
     } else if (effect.do === "close") {
-      this._endChannel(entry);
+      entry.channel?.take(null);
       webrtc.close(number, effect.ask);
     } else {
       this._tell(number, entry, effect.event);
@@ -2708,7 +2635,7 @@ export class Connectoid {
   /** @param {number} number @param {Entry} entry @param {string} event */
   _tell(number, entry, event) {
     if (event === "connected") entry.channel = new Channel(this, number, entry.contact.attempt.ask);
-    if (event === "disconnected") this._endChannel(entry);
+    if (event === "disconnected") entry.channel?.take(null);
     queueMicrotask(() => this._onEvent(entry.name, event));
   }
 
@@ -2718,8 +2645,7 @@ export class Connectoid {
     if (!entry || this.stopped) return;
     const take = () => entry.channel?.ask === ask && (entry.channel.take(value), true); // nothing if it is closed
     if (event === "message" && !entry.waiting && take()) return; // the way of all data: no machine
-    this._try(number, async (contact) => {
-      const now = this._now();
+    this._try(number, async (contact, now) => {
       if (event === "gathered") return contact.gathered(now, ask, value);
       if (event === "opened") return contact.channelOpened(now, ask);
       if (event === "closed") return contact.channelClosed(now, ask);
@@ -2731,6 +2657,10 @@ export class Connectoid {
 
   _now() {
     return this.system.now();
+  }
+
+  _all() {
+    return [...this._entries.values()];
   }
 
   /** @template T @param {() => Promise<T>} work @returns {Promise<T>} */
@@ -2787,18 +2717,13 @@ export class Connectoid {
     for (const url of new Set(this.mailboxes().map((mailbox) => mailbox.url))) this._line(url).notice();
   }
 
-  /** @param {Entry} entry */
-  _endChannel(entry) {
-    entry.channel?.take(null);
-  }
-
   _isHidden() {
     return this.system.page.document?.visibilityState === "hidden";
   }
 
   async _hangUpAll() {
     await Promise.all([...this._entries.keys()].map((number) => (
-      this._try(number, (contact) => contact.disconnect(this._now())))));
+      this._try(number, (contact, now) => contact.disconnect(now)))));
   }
 
   _wake() {
@@ -2813,8 +2738,8 @@ export class Connectoid {
   async _tickOn() {
     while (!this.stopped) {
       const due = [...this._entries].filter(([, { contact }]) => contact.nextTickS <= this.nowS());
-      await Promise.all(due.map(([number]) => this._try(number, (contact) => contact.tick(this._now()))));
-      const soonestS = Math.min(Infinity, ...[...this._entries.values()].map(({ contact }) => contact.nextTickS));
+      await Promise.all(due.map(([number]) => this._try(number, (contact, now) => contact.tick(now))));
+      const soonestS = Math.min(Infinity, ...this._all().map(({ contact }) => contact.nextTickS));
       if (!this.stopped) await this.system.sleep(Math.max(0.05, soonestS - this.nowS()), this._changed.signal);
     }
   }

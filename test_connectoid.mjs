@@ -2,15 +2,18 @@
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { readFile } from "node:fs/promises";
+import { existsSync } from "node:fs";
+import { cp, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { createServer } from "node:http";
 import net from "node:net";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
 import { createInterface } from "node:readline";
 import { after, before, test } from "node:test";
 
 import {
-  CONNECTING, CONTEXTS, Connectoid, Contact, EMOJI, LinkError, MemoryStore, NotConnectedError, PAIRING, RecordError,
-  RelayClient, RelayError, StoreError, SystemSuite, UsageError, checkKept, decodeBase64url, decompress, encodeBase64url, readLink,
+  CONNECTING, CONTEXTS, Connectoid, Contact, EMOJI, LinkError, NotConnectedError, PAIRING, RecordError,
+  RelayClient, RelayError, StoreError, SystemSuite, UsageError, checkKept, decodeBase64url, decompress, encodeBase64url, parseAddress, readLink,
   readMailboxes,
 } from "./connectoid.js";
 import { checks, importKey } from "./vector_checks.mjs";
@@ -329,6 +332,33 @@ test("requests are simple ones, so that browsers ask no permission", async () =>
 // tried is everything but WebRTC.
 // ---------------------------------------------------------------------------------------
 
+/** Keep contacts as long as the test runs. */
+class MemoryStore {
+  constructor() {
+    this.records = new Map();
+    this.last = 0;
+  }
+
+  async load() {
+    return new Map(this.records);
+  }
+
+  async add(kept) {
+    this.records.set(++this.last, kept);
+    return this.last;
+  }
+
+  async save(number, kept) {
+    this.records.set(number, kept);
+  }
+
+  async delete(number) {
+    this.records.delete(number);
+  }
+
+  close() {}
+}
+
 class TcpAdapter {
   constructor() {
     this.sockets = new Map();
@@ -432,12 +462,25 @@ test("two runners pair through a relay, connect and talk", async () => {
   await assert.rejects(hers.receive(), NotConnectedError);
   await bob.verify("Alice");
   assert.ok(bob.contacts()[0].verified);
+  const other = await startRelay();
+  await alice.move("Bob", [other]);
+  await Promise.all([alice.connect("Bob", { timeoutS: 30 }), bob.connect("Alice", { timeoutS: 30 })]);
+  assert.deepEqual(alice.contacts()[0].relays, [[other, null]]);
+  assert.deepEqual(parseAddress(bob.contacts()[0].contactAddress, { allowHttp: true }).map(({ url }) => url), [other]);
   await bob.unshare("Alice");
   while (!told.includes("unshared")) await new Promise((resolve) => setTimeout(resolve, 20));
   assert.deepEqual(bob.contacts(), []);
   assert.equal(alice.contacts()[0].state, "ended");
   await assert.rejects(alice.connect("Bob"), NotConnectedError);
   await alice.share("Bob", "https://app.example.com/"); // in place of the one that ended
+});
+
+test("where WebRTC is missing, that is told, and contacts can be made and seen", async () => {
+  const problems = [];
+  const { app } = await startApp(relay, { webrtc: undefined, onProblem: ({ message }) => problems.push(message) });
+  await app.share("Bob", "https://app.example.com/");
+  assert.deepEqual(app.contacts().map(({ name, state }) => [name, state]), [["Bob", "invited"]]);
+  assert.deepEqual(problems, ["WebRTC is missing or off here: contacts can be seen and ended, but not connected."]);
 });
 
 test("contacts go on after a restart", async () => {
@@ -637,3 +680,66 @@ for (const role of ["share", "open"]) {
     await once(peer, "exit");
   });
 }
+
+// ---------------------------------------------------------------------------------------
+// Types: what the JSDoc says is checked, and is what a TypeScript program gets from npm.
+// ---------------------------------------------------------------------------------------
+
+const TSC = here("node_modules/typescript/bin/tsc");
+const NPM = join(dirname(process.execPath), "../lib/node_modules/npm/bin/npm-cli.js"); // where Node brings it
+const skip = [[TSC, "TypeScript is missing: npm install --no-save"], [NPM, "npm is not where Node brings it"]]
+  .find(([path]) => !existsSync(path))?.[1] ?? false;
+
+const CONSUMER = `import { Channel, Connectoid, ConnectoidError, Store } from "connectoid";
+const app = new Connectoid(await Store.open(), ["https://relay.example.com/"], { onProblem: (error) => error.message });
+const channel: Channel = await app.connect(await app.open("https://app.example.com/#connectoid=x", "Alice"));
+for await (const message of channel) if (typeof message !== "string") message.byteLength satisfies number;
+const { name, verified }: { name: string, verified: boolean } = app.contacts()[0];
+`;
+const MISTAKES = {
+  "a relay that is a number": "new Connectoid(await Store.open(), [8080]);",
+  "a link without a name": 'await app.open("https://app.example.com/");',
+  "a message that is a number": "await channel.send(1);",
+  "an error that is none of the library": "const error: ConnectoidError = new Date();",
+};
+
+/** Run a script of Node in a folder; return its exit status and what it said. */
+async function run(cwd, ...args) {
+  const child = spawn(process.execPath, args, { cwd });
+  let text = "";
+  for (const stream of [child.stdout, child.stderr]) stream.on("data", (part) => { text += part; });
+  const [status] = await once(child, "close");
+  return { status, text };
+}
+
+test("the types are strict", { skip }, async () => {
+  assert.deepEqual(await run(here("."), TSC, "--noEmit", "--checkJs", "--strict"), { status: 0, text: "" });
+  const like = "--allowJs --target es2022 --lib es2024,dom,dom.iterable,dom.asynciterable --module nodenext".split(" ");
+  const page = ["--ignoreConfig", "--noEmit", "--checkJs", "--strict", ...like, "examples/shopping_list/app.js"];
+  assert.deepEqual(await run(here("."), TSC, ...page), { status: 0, text: "" });
+});
+
+test("a TypeScript program has the types of the package, and its mistakes are found", { skip }, async () => {
+  const folder = await mkdtemp(join(tmpdir(), "connectoid-types-"));
+  closing.push(() => rm(folder, { recursive: true }));
+  const [made, program] = [join(folder, "package"), join(folder, "program")];
+  await mkdir(join(program, "node_modules/connectoid"), { recursive: true });
+  const files = ["connectoid.js", "package.json", "tsconfig.json", "PROTOCOL.md"];
+  for (const name of files) await cp(here(name), join(made, name));
+  await symlink(here("node_modules"), join(made, "node_modules"));
+  const packed = await run(made, NPM, "pack", "--silent", "--offline"); // with what `prepare` writes
+  assert.equal(packed.status, 0, packed.text);
+  const archive = join(made, packed.text.trim().split("\n").at(-1));
+  const place = ["--strip-components=1", "-C", join(program, "node_modules/connectoid")];
+  await once(spawn("tar", ["-xzf", archive, ...place]), "close");
+  const check = async (lines) => {
+    await writeFile(join(program, "program.mts"), lines);
+    return run(program, TSC, "--noEmit", "--strict", "--module", "nodenext", "--target", "es2022", "program.mts");
+  };
+  assert.deepEqual(await check(CONSUMER), { status: 0, text: "" });
+  for (const [mistake, line] of Object.entries(MISTAKES)) {
+    const { status, text } = await check(CONSUMER + line);
+    assert.deepEqual([status !== 0, text.match(/error TS/g)?.length], [true, 1], `${mistake}: ${text}`);
+    assert.match(text, /^program\.mts\(6,/, mistake);
+  }
+});

@@ -169,6 +169,7 @@ class WatchedSuite(SystemSuite):
     """The suite for real; only who made a key is noted."""
 
     def __init__(self, ring: Ring, owner: str) -> None:
+        super().__init__()
         self._ring, self._owner = ring, owner
 
     def make_key(self) -> tuple[str, str]:

@@ -370,6 +370,7 @@ class DealtSuite(SystemSuite):
     """The suite for real, with keys and random bytes from the vectors."""
 
     def __init__(self, keys: Iterable[tuple[str, str]], octets: Mapping[int, bytes]) -> None:
+        super().__init__()
         self._keys, self._octets = iter(keys), octets
 
     def random(self, count: int) -> bytes:

@@ -12,10 +12,11 @@ import { codeImage, icon, make, onSubmit, part, prepareDialogs, reconcile, toast
 const QUIET_ZONE = 2; // modules, beside the padding around the code
 const DRAW_AGAIN_MS = 30_000; // so that "5 minutes ago" stays true
 const RELAY_TIMEOUT_MS = 6_000;
+const MAX_RELAYS = 3; // of PROTOCOL.md, "Limits"
 const APP_URL = new URL("./", location.href).href;
 
 // First of all: an invitation goes out of the address, where history and screenshots would keep it.
-const relayByQuery = new URLSearchParams(location.search).get("relay") ?? "";
+const relaysByQuery = new URLSearchParams(location.search).getAll("relay").filter(Boolean);
 let invitation = takeInvitation();
 
 /** @type {Model} */
@@ -68,7 +69,7 @@ async function beginSync() {
     const { Sync } = await import("./sync.js");
     sync = new Sync({ model, appUrl: APP_URL, onChange: drawSoon, onNews: (words) => toast(words),
       load: async () => (await keeper.load()).contacts, write: (put, remove) => keeper.write(put, remove) });
-    useRelay();
+    useRelays();
     await sync.start();
   } catch (error) {
     console.error(error);
@@ -406,13 +407,13 @@ async function askShare() {
   if (sync?.blocked) part("share-error").textContent = sync.blocked;
   part("share-relay").hidden = true;
   part("share-dialog").showModal();
-  part("share-relay").hidden = Boolean(await findRelay());
+  part("share-relay").hidden = await hasRelay();
 }
 
 async function share() {
   if (!sync) throw new Error("Sharing does not work here: see the notice at the top.");
   const name = required(part("share-name").value, MAX_NAME_CHARS);
-  if (!await findRelay()) await setRelay(part("share-relay-url").value, "");
+  if (!await hasRelay()) await setRelays(part("share-relay-url").value, "");
   const link = await sync.share(name, [current]);
   navigator.storage?.persist?.();
   showLink(name, link);
@@ -516,17 +517,21 @@ async function unshare() {
 // The relay.
 // ---------------------------------------------------------------------------------------
 
-function useRelay() {
-  sync?.setRelay(relayByQuery || settings.relay || "", relayByQuery ? "" : settings.relayKey || "");
+/** @param {string} text addresses with spaces between */
+const wordsOf = (text) => text.split(/\s+/).filter(Boolean);
+
+function useRelays() {
+  if (relaysByQuery.length) sync?.setRelays(relaysByQuery, "");
+  else sync?.setRelays(wordsOf(settings.relay ?? ""), settings.relayKey ?? "");
 }
 
-/** Return the relay for new links: the setting, or this page's own server if it is one. */
-async function findRelay() {
-  if (relayByQuery || settings.relay) return relayByQuery || settings.relay;
+/** Return whether there is a relay for new links: in the settings, or this page's own server if it is one. */
+async function hasRelay() {
+  if (relaysByQuery.length || settings.relay) return true;
   const own = `${location.origin}/`;
-  if (!await isRelay(own)) return "";
-  sync?.setRelay(own, "");
-  return own;
+  if (!await isRelay(own)) return false;
+  sync?.setRelays([own], "");
+  return true;
 }
 
 /** @param {string} url */
@@ -540,15 +545,18 @@ async function isRelay(url) {
   }
 }
 
-/** Keep a relay that answers; throw an error for another. @param {string} text @param {string} key */
-async function setRelay(text, key) {
-  const url = text.trim() && new URL(text.trim()).href;
-  if (url && !/^https:|^http:\/\/(localhost|127\.)/.test(url)) throw new Error("A relay is asked over https: its address begins with https://.");
-  if (!url && part("share-dialog").open) throw new Error("Without a relay the two devices cannot find each other: write the address of one.");
-  if (url && navigator.onLine && !await isRelay(url)) throw new Error("No relay answers at this address. Check it, and try again.");
-  await setSetting("relay", url);
+/** Keep relays that answer; throw an error for another. @param {string} text @param {string} key */
+async function setRelays(text, key) {
+  const urls = wordsOf(text).map((word) => (URL.canParse(word) ? new URL(word).href : ""));
+  if (!urls.length && part("share-dialog").open) throw new Error("Without a relay the two devices cannot find each other: write the address of one.");
+  if (urls.length > MAX_RELAYS) throw new Error(`More than ${MAX_RELAYS} relays make links too long: take some away.`);
+  for (const url of urls) {
+    if (!/^https:|^http:\/\/(localhost|127\.)/.test(url)) throw new Error("A relay is asked over https: its address begins with https://.");
+    if (navigator.onLine && !await isRelay(url)) throw new Error(`No relay answers at this address: ${url} Check it, and try again.`);
+  }
+  await setSetting("relay", urls.join(" "));
   await setSetting("relayKey", key);
-  useRelay();
+  useRelays();
 }
 
 function askSettings() {
@@ -574,7 +582,7 @@ function connectParts() {
   part("add").addEventListener("submit", (/** @type {Event} */ event) => { event.preventDefault(); addItem(); });
   part("first-list").addEventListener("submit", (/** @type {Event} */ event) => {
     event.preventDefault();
-    addList(part("first-name").value || "Groceries");
+    addList(part("first-name").value.trim() || "Groceries");
   });
   onSubmit("share-form", "share-error", share);
   onSubmit("connect-form", "connect-error", connect);
@@ -582,7 +590,7 @@ function connectParts() {
   onSubmit("name-form", "name-error", () => part("name-form").done(required(part("name-text").value, MAX_NAME_CHARS)));
   onSubmit("item-form", "", saveItem);
   onSubmit("unshare-form", "", unshare);
-  onSubmit("settings-form", "settings-error", () => setRelay(part("relay-url").value, part("relay-key").value.trim()));
+  onSubmit("settings-form", "settings-error", () => setRelays(part("relay-url").value, part("relay-key").value.trim()));
   window.addEventListener("hashchange", () => {
     invitation = takeInvitation() || invitation;
     if (invitation) confirmInvitation();

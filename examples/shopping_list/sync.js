@@ -39,7 +39,9 @@ export class Sync {
    * @param {(words: string) => void} parts.onNews a sentence for the user, once
    */
   constructor({ model, write, load, appUrl, onChange, onNews }) {
-    this.relayTrouble = "";
+    this._trouble = "";
+    /** @type {Map<string, boolean>} */
+    this._answers = new Map(); // whether a relay did when it was last asked
     this.blocked = ""; // why there are no contacts now, in a sentence
     this._model = model;
     this._write = write;
@@ -62,6 +64,10 @@ export class Sync {
 
   /** Begin, or say in `blocked` why not; try again while another tab has the contacts. */
   async start() {
+    if (!globalThis.RTCPeerConnection) {
+      this.blocked = "This browser cannot connect to others: its WebRTC is off. Turn it on, or use another browser.";
+      return this._onChange();
+    }
     try {
       const store = await Store.open();
       for (const person of await this._load()) this._people.set(person.id, person);
@@ -86,9 +92,9 @@ export class Sync {
 
   // -- What the user does ---------------------------------------------------------------
 
-  /** Use this relay for new contacts. @param {string} url @param {string} key or "" */
-  setRelay(url, key) {
-    this._relays = url ? [[url, key || null]] : [];
+  /** Use these relays for new contacts. @param {string[]} urls @param {string} key of all, or "" */
+  setRelays(urls, key) {
+    this._relays = urls.map((url) => [url, key || null]);
     if (this._lib) this._lib.relays = this._relays;
   }
 
@@ -197,18 +203,29 @@ export class Sync {
 
   /** @param {any} error */
   _troubled(error) {
-    this.relayTrouble = error.message;
+    for (const url of this._answers.keys()) if (error.message.startsWith(url)) this._answers.set(url, false);
+    this._trouble = error.message.replace(/( cannot be reached): .*/s, "$1."); // the rest is for who knows browsers
     this._onChange();
   }
 
-  /** @param {[RequestInfo | URL, RequestInit?]} request */
-  async _fetch(...request) {
-    const response = await fetch(...request);
-    if (response.ok && this.relayTrouble) {
-      this.relayTrouble = "";
-      this._onChange();
+  /** What is wrong with the relays: nothing, as long as one of them answers. */
+  get relayTrouble() {
+    return [...this._answers.values()].includes(true) ? "" : this._trouble;
+  }
+
+  /** @param {RequestInfo | URL} url @param {RequestInit} [init] */
+  async _fetch(url, init) {
+    const before = this.relayTrouble;
+    try {
+      const response = await fetch(url, init);
+      this._answers.set(String(url), response.ok);
+      return response;
+    } catch (error) {
+      if (!init?.signal?.aborted) this._answers.set(String(url), false);
+      throw error;
+    } finally {
+      if (this.relayTrouble !== before) this._onChange();
     }
-    return response;
   }
 
   // -- A channel ------------------------------------------------------------------------
