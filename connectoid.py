@@ -2360,6 +2360,15 @@ class Connectoid:
                 raise UsageError(f"{name} is still a contact: unshare ends it.")
             self._do(number, [Forget()])
 
+    def move(self, name: str, relays: Iterable[tuple[str, str | None]] | None = None) -> None:
+        """Be reached by a contact through other relays from now on, or those of this runner; raise UsageError.
+
+        The contact is told, through his own relays. Until he has written to the new address the former one is polled.
+        """
+        with self.changing:
+            number = self._number(name)
+            self._do(number, self._contacts[number].move(self._now(), self.relays if relays is None else relays))
+
     def verify(self, name: str, *, same: bool = True) -> None:
         """Mark that the comparison strings were the same; raise UsageError."""
         with self.changing:

@@ -266,6 +266,16 @@ def verify(arguments: argparse.Namespace, teller: Teller) -> int:
     return 0
 
 
+def move(arguments: argparse.Namespace, teller: Teller) -> int:
+    """Be reached through the relays of --relay from now on, and wait until the contact has been told."""
+    with running(arguments, teller) as runner:
+        runner.move(arguments.name)
+        teller.say("moved", f"{arguments.name} is told to reach you through {' '.join(arguments.relay)} from now on.",
+                   contact=arguments.name)
+        connect(runner, arguments, teller)
+    return 0
+
+
 def unshare(arguments: argparse.Namespace, teller: Teller) -> int:
     """End the sharing with a contact, who is told."""
     with running(arguments, teller) as runner:
@@ -549,6 +559,7 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Teller], int], str]] 
     "open": (open_link, "open a link that somebody has sent you"),
     "contacts": (list_contacts, "list the contacts (also while another command runs)"),
     "verify": (verify, "show the seven emoji to compare (also while another command runs), and mark the outcome"),
+    "move": (move, "be reached by a contact through other relays from now on"),
     "unshare": (unshare, "end the sharing with a contact"),
     "chat": (chat, "chat with a contact, line by line"),
     "send": (send, "send files to a contact who runs `receive`"),
@@ -568,7 +579,7 @@ def seconds(text: str) -> float:
 
 SHARED: Mapping[str, dict[str, Any]] = {
     "relay": {"action": "append", "metavar": "URL", "default": [],
-              "help": "a relay for new contacts, up to three (default: $CONNECTOID_RELAY)"},
+              "help": "a relay for new contacts and `move`, up to three (default: $CONNECTOID_RELAY)"},
     "ext": {"metavar": "KEY", "default": ENVIRONMENT("CONNECTOID_EXT"),
             "help": "what these relays want to see, such as an API key; other users see flags ($CONNECTOID_EXT)"},
     "store": {"metavar": "FILE", "default": DEFAULT_STORE,
@@ -592,7 +603,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     made = {name: commands.add_parser(name, parents=[shared], help=words, description=f"{words.capitalize()}.")
             for name, (_, words) in COMMANDS.items()}
-    for name in ("share", "verify", "unshare", "chat", "send", "receive"):
+    for name in ("share", "verify", "move", "unshare", "chat", "send", "receive"):
         made[name].add_argument("name", metavar="NAME", help="the contact")
     made["share"].add_argument("--app-url", default="connectoid:", metavar="URL", help="what the link begins with")
     made["open"].add_argument("link", metavar="LINK", help="or - to read it from stdin, where no other user sees it")

@@ -1155,6 +1155,27 @@ def test_names_are_given_once(apps: Apps, relay_url: str) -> None:
         bob.share("Carol", APP_URL)
 
 
+def test_contact_is_reached_through_other_relays_after_a_move(apps: Apps, relay_url: str) -> None:
+    """Alice leaves a relay: Bob learns of it while he uses the old one, writes to the new one, and they connect."""
+    alice, bob = apps.pair(relay_url)
+    relay = Relay(SqliteStore(":memory:"))
+    with serving(relay) as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        with pytest.raises(UsageError, match="no contact"):
+            alice.move("Carol", [(url, None)])
+        alice.move("Bob", [(url, None)])
+        alice.connect("Bob", SOON_S).close()
+        (kept,) = bob.contacts()
+        assert [mailbox.url for mailbox in connectoid.parse_address(kept.contact_address, allow_http=True)] == [url]
+        bob.connect("Alice", SOON_S)
+        until(lambda: alice.contacts()[0].pending is None, "Bob wrote to the new address")
+        alice.relays = ((url, None),)
+        alice.move("Bob")
+        assert alice.contacts()[0].relays == ((url, None),)
+        alice.close()
+    relay.close()
+
+
 def test_unshare_reaches_the_other_when_he_comes(apps: Apps, relay_url: str) -> None:
     """His app was not running then; after that the name is free."""
     alice, bob = apps.pair(relay_url)
