@@ -687,7 +687,7 @@ for (const role of ["share", "open"]) {
 
 const TSC = here("node_modules/typescript/bin/tsc");
 const NPM = join(dirname(process.execPath), "../lib/node_modules/npm/bin/npm-cli.js"); // where Node brings it
-const skip = [[TSC, "TypeScript is missing: npm install --no-save"], [NPM, "npm is not where Node brings it"]]
+const skip = [[TSC, "TypeScript is missing: npm install --ignore-scripts"], [NPM, "npm is not where Node brings it"]]
   .find(([path]) => !existsSync(path))?.[1] ?? false;
 
 const CONSUMER = `import { Channel, Connectoid, ConnectoidError, Store } from "connectoid";
