@@ -25,27 +25,30 @@ import ctypes
 import datetime
 import errno
 import fcntl
+import functools
 import http.client
 import io
+import itertools
 import json
 import os
 import re
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import sqlite3
 import ssl
 import stat
 import struct
 import sys
-import tempfile
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import cryptography
 from cryptography import x509
@@ -81,12 +84,13 @@ from connectoid_relay import (
 # ---------------------------------------------------------------------------------------
 
 ENVIRONMENT_FILE = "/etc/connectoid/relay.env"  # where systemd/connectoid-relay.service has its flags from
-ANSWER_TIMEOUT_S = 5.0  # for a relay to answer: it takes milliseconds
+ANSWER_TIMEOUT_S = 5.0  # for a relay to accept, and then to answer all of it: it takes milliseconds
 DATAGRAM_TIMEOUT_S = 1.0  # for a reply over UDP, and then once more: PROTOCOL.md, "UDP"
 WAL_TIMEOUT_S = 5.0  # for the readers that are in the way of a checkpoint
 MAX_REPLY_BYTES = 1 << 20  # of metrics or a document: a few KiB
 RENEWAL_DAYS = 21  # certbot and Caddy renew 30 days before the end: something is wrong if this is left
 SLACK_US = 60 * SECOND_US  # between two clocks, before it is worth a word
+LOOK_UP_STEPS = 10_000  # of SQLite's machine, a millisecond, after which it looks whether it was told to stop
 FREE_BYTES = 64 << 20  # of disk below which the relay will soon refuse: four times the reserve
 FREE_INODES = 100  # for the relay's few files
 TIME_ERROR = 5  # adjtimex(2): the clock is not synchronized
@@ -125,9 +129,16 @@ class AdminError(Exception):
 # ---------------------------------------------------------------------------------------
 
 
+def refuse_link(path: str) -> None:
+    """Raise AdminError for a link: the relay's lock is beside the file itself, and a link is its owner's."""
+    if os.path.islink(path):
+        raise AdminError(f"{path} is a link; name the file itself with --db")
+
+
 @contextlib.contextmanager
 def locked(path: str) -> Iterator[None]:
     """Keep the relay from committing, for milliseconds; raise AdminError if it does not let us. Not to be nested."""
+    refuse_link(path)
     try:
         lock_file = os.open(path + "-lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -165,14 +176,29 @@ def opened(path: str, oldest_version: int = len(SCHEMA)) -> Iterator[sqlite3.Con
     with contextlib.ExitStack() as closing:
         try:
             with locked(path):
-                db = sqlite3.connect(path, BUSY_TIMEOUT_S, isolation_level=None)
+                db = connect(path)
                 closing.callback(_close, path, db)
                 for pragma in ("secure_delete = ON", "wal_autocheckpoint = 0", "synchronous = FULL"):
                     db.execute(f"PRAGMA {pragma}")
                 check_version(path, db, oldest_version)
             yield db
         except sqlite3.Error as error:
-            raise AdminError(f"{path}: {error}") from error
+            raise explain(path, error) from error
+
+
+def connect(path: str) -> sqlite3.Connection:
+    """Open a file that others may have written to; a signal ends what it is at."""
+    db = sqlite3.connect(path, BUSY_TIMEOUT_S, isolation_level=None)
+    db.execute("PRAGMA trusted_schema = OFF")
+    db.set_progress_handler(lambda: 0, LOOK_UP_STEPS)  # Python's signals come between two steps of Python
+    return db
+
+
+def explain(path: str, error: sqlite3.Error) -> AdminError:
+    """Return an error of SQLite as one of ours; raise KeyboardInterrupt if it was a signal that ended it."""
+    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
+        raise KeyboardInterrupt from None
+    return AdminError(f"{path}: {error}")
 
 
 def _close(path: str, db: sqlite3.Connection) -> None:
@@ -189,6 +215,8 @@ def look_before_opening(path: str) -> None:
             if read_header(db)[0] not in (0, APPLICATION_ID) or (read_header(db)[0] == 0 and db.execute(
                     "SELECT count(*) FROM sqlite_schema").fetchone()[0]):
                 raise AdminError(f"{path} belongs to another program")
+    except PermissionError:
+        raise AdminError(f"{path}: Permission denied; use sudo, or be the relay's user") from None
     except OSError as error:
         raise AdminError(f"{path}: {error.strerror}; name the relay's file with --db") from None
     except sqlite3.DatabaseError as error:
@@ -208,16 +236,36 @@ def read_header(db: sqlite3.Connection) -> tuple[int, int]:
 
 
 def check_version(path: str, db: sqlite3.Connection, oldest: int = 1) -> int:
-    """Return the version of the schema; raise AdminError if it is not ours to touch."""
+    """Return the version of the schema; raise AdminError if it is not ours to touch, or not as a relay makes it."""
     owner, version = read_header(db)
     if owner != APPLICATION_ID:
         raise AdminError(f"{path} " + ("belongs to another program" if owner else "has nothing in it yet"))
-    if version > len(SCHEMA):
+    if not 1 <= version <= len(SCHEMA):
         raise AdminError(f"{path} has schema {version}, this program knows {len(SCHEMA)}; use one as new as the relay")
     if version < oldest:
         raise AdminError(f"{path} has schema {version}, and this program {len(SCHEMA)}; restart the relay, which"
                          " brings it up to date")
+    if odd := sorted(read_schema(db) ^ schema_of(version)):  # a trigger would be run by us, and by the relay
+        raise AdminError(f"{path} is not as a relay makes it: see its {odd[0][0]} {odd[0][1]}")
+    times = db.execute("SELECT time_us, last_at FROM relay").fetchone()
+    if not times or not all(0 <= at_us < YEAR_2200_US for at_us in times):
+        raise AdminError(f"{path} is damaged: it has no relay time")
     return version
+
+
+def read_schema(db: sqlite3.Connection) -> set[tuple[str, str, str]]:
+    """Return kind, name and text of all that is in a file, but for what ANALYZE made."""
+    return {(kind, name, sql) for kind, name, sql in db.execute("SELECT type, name, sql FROM sqlite_schema")
+            if sql and (kind, name) not in (("table", "sqlite_stat1"), ("table", "sqlite_stat4"))}
+
+
+@functools.cache
+def schema_of(version: int) -> set[tuple[str, str, str]]:
+    """Return the same of a file as the relay makes it."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        for sql in itertools.chain(*SCHEMA[:version]):
+            db.execute(sql)
+        return read_schema(db)
 
 
 def check_integrity(path: str, db: sqlite3.Connection) -> None:
@@ -295,24 +343,24 @@ def back_up(path: str, target: str, *, without_messages: bool = False) -> str:
 def _new_file(beside: str) -> Iterator[str]:
     """Return an empty file for its owner's eyes only, and remove it; raise AdminError for what goes wrong meanwhile."""
     folder = os.path.dirname(os.path.abspath(beside))
+    new = os.path.join(folder, f".{os.path.basename(beside)}-{secrets.token_hex(8)}.new")
     try:
-        file, new = tempfile.mkstemp(".new", f".{os.path.basename(beside)}-", folder)
-        os.close(file)
-        try:
+        try:  # not tempfile: between its return and here a signal would leave the file
+            os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             yield new
             sync(folder)
         finally:
             for rest in ("", "-journal", "-wal", "-shm"):
                 Path(new + rest).unlink(missing_ok=True)
     except OSError as error:
-        raise AdminError(f"{error.filename or beside}: {error.strerror}") from error
+        raise AdminError(f"{beside or 'no name'}: {error.strerror}") from error
     except sqlite3.Error as error:
-        raise AdminError(f"{beside}: {error}") from error
+        raise explain(beside, error) from error
 
 
 def _finish_copy(origin: str, new: str, statements: Sequence[str] = ()) -> None:
     """Bring a copy that nobody else knows into its last form, check it and sync it."""
-    with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
+    with contextlib.closing(connect(new)) as db:
         check_version(origin, db, len(SCHEMA) if statements else 1)
         check_integrity(origin, db)
         db.execute("PRAGMA journal_mode = DELETE")  # one file, that can be read from a read-only disk
@@ -327,14 +375,19 @@ def _finish_copy(origin: str, new: str, statements: Sequence[str] = ()) -> None:
 def restore(backup: str, path: str) -> str | None:
     """Put a backup in the place of the relay's file; return where the old one is, None if there was none.
 
-    Refuses, with AdminError, beside a relay that runs, and a backup that is damaged or of
-    a newer relay. An older schema is the relay's to bring up to date when it starts.
+    Refuses, with AdminError, beside a relay that runs, and a backup that is damaged, of
+    a newer relay or not as a relay makes it. An older schema is the relay's to bring up to
+    date when it starts.
     """
     look_before_opening(backup)
+    refuse_link(path)
+    if os.path.exists(path) and os.path.samefile(backup, path):
+        raise AdminError(f"{backup} is the relay's file itself")
     if any(os.path.exists(backup + rest) and os.path.getsize(backup + rest) for rest in ("-wal", "-journal")):
         raise AdminError(f"{backup} is a file in use, or was; make a backup of it")
     with _new_file(path) as new:
-        with open(backup, "rb") as source, open(new, "r+b") as copy:
+        # Whoever the folder belongs to may have put a link in its place.
+        with open(backup, "rb") as source, open(os.open(new, os.O_WRONLY | os.O_NOFOLLOW), "wb") as copy:
             shutil.copyfileobj(source, copy)
             give_away(copy.fileno(), path)
         _finish_copy(backup, new)
@@ -467,39 +520,58 @@ class Answer(NamedTuple):
     certificate: bytes = b""
 
 
-def ask(url: str, path: str, *, verified: bool = True) -> Answer:
+def ask(url: str, path: str, *, verified: bool = True, timeout_s: float = ANSWER_TIMEOUT_S) -> Answer:
     """Get a page of a relay; raise AdminError. It is ours on this machine if it need not be verified."""
-    parts = urllib.parse.urlsplit(url)
     try:
-        connection = _connect(parts, verified)
-    except ValueError as error:  # a port that is none
-        raise AdminError(f"{url}: {error}") from None
-    with contextlib.closing(connection):
-        try:
-            connection.request("GET", parts.path.rstrip("/") + path,
-                               headers={"Accept": "application/json", "Origin": "https://app.example.com"})
-            over = connection.sock
-            shown = over.getpeercert(binary_form=True) if isinstance(over, ssl.SSLSocket) else None
-            reply = connection.getresponse()
-            headers = {name.lower(): text for name, text in reply.getheaders()}
-            return Answer(reply.status, headers, reply.read(MAX_REPLY_BYTES), shown or b"")
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error) or repr(error)
-            raise AdminError(f"{url} does not answer: {reason}") from None
+        parts = urllib.parse.urlsplit(url)
+        with contextlib.closing(_connect(parts, verified, timeout_s)) as connection:
+            connection.connect()
+            with _within(timeout_s, connection.sock):
+                connection.request("GET", parts.path.rstrip("/") + path,
+                                   headers={"Accept": "application/json", "Origin": "https://app.example.com"})
+                over = connection.sock
+                shown = over.getpeercert(binary_form=True) if isinstance(over, ssl.SSLSocket) else None
+                reply = connection.getresponse()
+                headers = {name.lower(): text for name, text in reply.getheaders()}
+                return Answer(reply.status, headers, reply.read(MAX_REPLY_BYTES), shown or b"")
+    except (OSError, http.client.HTTPException, ValueError) as error:  # the last: of names that cannot be
+        reason = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error) or repr(error)
+        raise AdminError(f"{url} does not answer: {reason}") from None
 
 
-def _connect(parts: urllib.parse.SplitResult, verified: bool) -> http.client.HTTPConnection:
+@contextlib.contextmanager
+def _within(timeout_s: float, over: socket.socket) -> Iterator[None]:
+    """End a connection after a time, however often a little comes; raise TimeoutError then."""
+    late = threading.Event()
+
+    def hang_up() -> None:
+        late.set()
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(over, socket.SHUT_RDWR)  # below TLS, whose state is the other thread's
+
+    timer = threading.Timer(timeout_s, hang_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if late.is_set():
+            raise TimeoutError("timed out")
+
+
+def _connect(parts: urllib.parse.SplitResult, verified: bool, timeout_s: float) -> http.client.HTTPConnection:
     if parts.scheme != "https":
-        return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=ANSWER_TIMEOUT_S)
+        return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
     context = ssl.create_default_context()
     if not verified:  # its certificate is for another name than this machine's
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=ANSWER_TIMEOUT_S, context=context)
+    return http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=timeout_s, context=context)
 
 
 def parse_metrics(text: str) -> dict[tuple[str, str], float]:
     """Return the numbers of /metrics by name and value of the label."""
-    lines = re.findall(r'(?m)^(\w+)(?:\{\w+="([^"]*)"\})? (\S+)$', text)
+    lines = re.findall(r'(?m)^(\w+)(?:\{\w+="([^"\n]*)"\})? ([0-9]{1,18}(?:\.[0-9]+)?)$', text)
     return {(name, label): float(number) for name, label, number in lines if name in METRICS}
 
 
@@ -507,7 +579,7 @@ def read_metrics(url: str, *, verified: bool = True) -> dict[tuple[str, str], fl
     """Return what a relay counts; raise AdminError."""
     answer = ask(url, "/metrics", verified=verified)
     metrics = parse_metrics(answer.body.decode("utf-8", "replace"))
-    if answer.status != http.HTTPStatus.OK or not metrics:
+    if answer.status != http.HTTPStatus.OK or ("connectoid_uptime_seconds", "") not in metrics:
         raise AdminError(f"{url} has no metrics (status {answer.status})")
     return metrics
 
@@ -826,15 +898,26 @@ def read_environment(path: str) -> list[str]:
     """Return the relay's flags from a file as systemd reads it (systemd.exec(5)); raise AdminError."""
     words = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
+    except PermissionError:
+        raise AdminError(f"{path}: Permission denied; use sudo") from None
     except (OSError, UnicodeDecodeError) as error:
         raise AdminError(f"{path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
-    for line in lines:
-        name, _, text = line.strip().partition("=")
+    for line in text.replace("\\\n", "").splitlines():
+        name, _, value = line.strip().partition("=")
         if name == "FLAGS":
-            quoted = text[:1] in ("'", '"') and text[-1:] == text[:1]
-            words = _split(text[1:-1] if quoted else text, path)
+            quoted = value[:1] in ("'", '"') and value[-1:] == value[:1]
+            words = _split(value[1:-1] if quoted else value, path)
     return words
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return bool(os.stat(path))
+    except FileNotFoundError:
+        return False
+    except OSError:  # we may not look: it is not for nothing that it is kept from us
+        return True
 
 
 def _split(text: str, origin: str) -> list[str]:
@@ -851,7 +934,7 @@ def find_subject(arguments: argparse.Namespace) -> Subject:
     try:
         if arguments.flags is not None:
             words, origin = _split(arguments.flags, "--flags"), "--flags"
-        elif arguments.env or os.path.exists(ENVIRONMENT_FILE):
+        elif arguments.env or _is_there(ENVIRONMENT_FILE):
             origin = arguments.env or ENVIRONMENT_FILE
             words = read_environment(origin)
         else:
@@ -862,14 +945,21 @@ def find_subject(arguments: argparse.Namespace) -> Subject:
         mistake = str(error)
     except SystemExit:
         mistake = f"{origin}: {errors.getvalue().strip().removeprefix('connectoid-relay: error: ')}"
-    path = arguments.db or flags.db
-    return Subject(path, flags, getattr(arguments, "url", None) or "", origin, mistake)
+    if mistake and arguments.run is not _check and not arguments.db:  # else it would be about another file
+        raise AdminError(mistake)
+    return Subject(arguments.db or flags.db, flags, getattr(arguments, "url", None) or "", origin, mistake)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line, what is no text in it made harmless: it may come from a relay that is not ours."""
+    print("".join(letter if letter.isprintable() else "?" for letter in text), file=file or sys.stdout, flush=True)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     worst = 0
     for level, what, text in find_all(find_subject(arguments)):
-        print(f"{level:<5} {what}: {text}", flush=True)
+        if level != GOOD or not arguments.quiet:
+            say(f"{level:<5} {what}: {text}")
         worst |= level == BAD
     return int(worst)
 
@@ -877,21 +967,22 @@ def _check(arguments: argparse.Namespace) -> int:
 def _back_up(arguments: argparse.Namespace) -> int:
     path = find_subject(arguments).path
     target = back_up(path, arguments.target, without_messages=arguments.without_messages)
-    print(f"{path} is backed up as {target}, {_size(os.path.getsize(target))}")
+    if not arguments.quiet:
+        say(f"{path} is backed up as {target}, {_size(os.path.getsize(target))}")
     return 0
 
 
 def _restore(arguments: argparse.Namespace) -> int:
     path = find_subject(arguments).path
     aside = restore(arguments.backup, path)
-    print(f"{path} is what was backed up as {arguments.backup}" + (
+    say(f"{path} is what was backed up as {arguments.backup}" + (
         f"; what it was is in {aside}, to be deleted when it is not needed" if aside else ""))
     return 0
 
 
 def _delete(arguments: argparse.Namespace) -> int:
     messages, questions, places, gone = delete(find_subject(arguments).path, arguments.box)
-    print(f"deleted: {messages} messages, {questions} questions, {places} places of proven mailboxes" + (
+    say(f"deleted: {messages} messages, {questions} questions, {places} places of proven mailboxes" + (
         "" if gone else "; a reader keeps a copy in the -wal, which the relay empties with the next sweep"))
     return 0
 
@@ -903,8 +994,12 @@ def _stats(arguments: argparse.Namespace) -> int:
     try:
         stats["relay"] = told_by(url, arguments.over, verified=bool(subject.url))
     except AdminError as error:  # the file alone is worth a look
-        print(f"connectoid-admin: {error}; what the file says:", file=sys.stderr)
-    print(json.dumps(stats, indent=2) if arguments.json else "\n".join(render_table(stats)))
+        say(f"connectoid-admin: {error}; what the file says:", sys.stderr)
+    if arguments.json:
+        print(json.dumps(stats, indent=2))
+    else:
+        for line in render_table(stats):
+            say(line)
     return 0
 
 
@@ -948,9 +1043,11 @@ def _mailbox(text: str) -> bytes:
 
 
 def _address(text: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/]+\S*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no web address; write https://...")
-    return text
+    with contextlib.suppress(ValueError):  # a port that is none, half a bracket
+        if text.isascii() and re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", text) and (
+                urllib.parse.urlsplit(text).port != 0):
+            return text
+    raise argparse.ArgumentTypeError("is no web address; write https://...")
 
 
 def _seconds(text: str) -> int:
@@ -969,7 +1066,8 @@ class _Parser(argparse.ArgumentParser):
 def build_admin_parser(prog: str = "connectoid-admin") -> argparse.ArgumentParser:
     """Return the parser of the command line: README.md, "Day two"."""
     parser = _Parser(prog=prog, description="Look after a Connectoid relay, beside it while it runs.",
-                     epilog="COMMAND --help says more. Exit codes: 0 done, 1 failed or something is wrong, 2 usage.")
+                     epilog="COMMAND --help says more. Exit codes: 0 done, 1 failed or something is wrong, 2 usage,"
+                            " 130 stopped.")
     parser.add_argument("--version", action="version", version=f"connectoid admin {__version__}")
     common = _Parser(add_help=False)
     common.add_argument("--db", metavar="FILE", help="the relay's database (default: as its flags say, else"
@@ -987,10 +1085,12 @@ def build_admin_parser(prog: str = "connectoid-admin") -> argparse.ArgumentParse
 
     url = command("check", _check, "look whether all is well: OK, WARN or FAIL a line; 1 if something failed")
     url.add_argument("--url", type=_address, help="the address that others use, to try it too")
+    url.add_argument("-q", "--quiet", action="store_true", help="leave out what is OK")
     backup = command("backup", _back_up, "copy the file, as it is at this moment, while the relay runs")
     backup.add_argument("target", metavar="FILE", help="the copy, which must not be there yet; or a folder for it")
     backup.add_argument("--without-messages", action="store_true",
                         help="leave out what is gone after an hour anyway; for copies that are kept longer")
+    backup.add_argument("-q", "--quiet", action="store_true", help="say nothing but what went wrong")
     command("restore", _restore, "put a backup in the place of the file, while no relay runs"
             ).add_argument("backup", metavar="FILE", help="the backup; the old file is kept beside the new one")
     stats = command("stats", _stats, "count what is stored, and what the running relay has done")
@@ -1003,8 +1103,11 @@ def build_admin_parser(prog: str = "connectoid-admin") -> argparse.ArgumentParse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 1 failed; 2 (usage) exits."""
+    """Run the command line and return its exit code: 0 done, 1 failed, 130 stopped by a signal; 2 (usage) exits."""
     arguments = build_admin_parser(os.path.basename(sys.argv[0])).parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: half a copy is not left behind
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         code = int(arguments.run(arguments))
         sys.stdout.flush()
@@ -1013,8 +1116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except AdminError as error:
-        print(f"connectoid-admin: {error}", file=sys.stderr)
+        say(f"connectoid-admin: {error}", sys.stderr)
         return 1
+    except UnicodeEncodeError:
+        say("connectoid-admin: names of files must be UTF-8", sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        say("connectoid-admin: stopped", sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

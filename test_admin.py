@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import stat
 import subprocess
@@ -51,6 +52,7 @@ from connectoid_admin import (
     AdminError,
     Finding,
     Subject,
+    ask,
     back_up,
     check_version,
     clock_is_synchronized,
@@ -70,6 +72,7 @@ from connectoid_relay import (
     RELEASE_US,
     SCHEMA,
     SECOND_US,
+    YEAR_2200_US,
     Access,
     Limits,
     Message,
@@ -480,6 +483,98 @@ def test_backup_overwrites_nothing_and_leaves_nothing_when_it_fails(
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.parametrize(("target", "complaint"), [
+    ("", "no name: No such file or directory"), ("nowhere/", "nowhere/: No such file or directory"),
+    (os.fsdecode(b"\xff.db"), "names of files must be UTF-8"),
+])
+def test_backup_to_a_name_that_cannot_be_is_one_line(tmp_path: Path, path: str, target: str, complaint: str) -> None:
+    make_file(Path(path), len(SCHEMA))
+    assert admin("backup", "--db", path, target, cwd=tmp_path) == (1, "", f"connectoid-admin: {complaint}\n")
+    assert sorted(os.listdir(tmp_path)) == ["relay.db", "relay.db-lock"]
+
+
+def test_backup_has_the_name_that_was_given_whatever_is_in_it(tmp_path: Path, path: str) -> None:
+    make_file(Path(path), len(SCHEMA))
+    names = ["a b.db", "$(touch pwned);'\"`&.db", "-x.db", "a?b#c%20.db", "two\nlines.db"]
+    for name in names:
+        code, output, errors = admin("backup", "--db", path, "--", name, cwd=tmp_path)
+        assert (code, output.count("\n"), errors) == (0, 1, "")
+        assert restored_messages(tmp_path / name) == 4
+        assert restore(str(tmp_path / name), str(tmp_path / f"{name} restored")) is None
+    assert {name for name in os.listdir(tmp_path) if not name.endswith((" restored", "-lock"))} == {"relay.db", *names}
+
+
+def test_quiet_backup_says_nothing_but_what_went_wrong(tmp_path: Path, path: str) -> None:
+    make_file(Path(path), len(SCHEMA))
+    assert admin("backup", "-q", "--db", path, "copy.db", cwd=tmp_path) == (0, "", "")
+    assert admin("backup", "-q", "--db", path, "copy.db", cwd=tmp_path) == (
+        1, "", "connectoid-admin: copy.db is there already; nothing is overwritten\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_backup_that_is_told_to_stop_leaves_nothing(tmp_path: Path, path: str, number: signal.Signals) -> None:
+    make_file(Path(path), len(SCHEMA))
+    (tmp_path / "kept").mkdir()
+    with open(path + "-lock", "w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)  # it waits for it, with the new file made
+        process = subprocess.Popen([*ADMIN, "backup", "--db", path, str(tmp_path / "kept")], stderr=subprocess.PIPE,
+                                   text=True)
+        while not os.listdir(tmp_path / "kept"):
+            assert process.poll() is None
+        process.send_signal(number)
+        assert process.communicate(timeout=20)[1] == "connectoid-admin: stopped\n"
+    assert process.returncode == 130
+    assert os.listdir(tmp_path / "kept") == []
+
+
+def test_long_statement_ends_when_it_is_told_to_stop(path: str) -> None:
+    code = """import sqlite3, sys
+from connectoid_admin import connect, explain
+db = connect(sys.argv[1])
+print("ready", flush=True)
+try:
+    db.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n")
+except sqlite3.Error as error:
+    try:
+        explain("it", error)
+    except KeyboardInterrupt:
+        print("stopped")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    before = cpu_ticks(process.pid)
+    while cpu_ticks(process.pid) < before + 10:  # then it is well within the statement
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "stopped\n"
+
+
+def cpu_ticks(pid: int) -> int:
+    """Return how much CPU a process has used, in hundredths of a second (proc(5))."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_backup_to_a_disk_without_room_is_one_line_and_leaves_nothing(tmp_path: Path, path: str) -> None:
+    make_file(Path(path), len(SCHEMA))
+    execute(Path(path), "UPDATE messages SET data = hex(zeroblob(2000000))")
+    (tmp_path / "small").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(tmp_path / "small")], check=False,
+                             capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no leave to mount")
+    try:
+        assert admin("backup", "--db", path, str(tmp_path / "small")) == (
+            1, "", f"connectoid-admin: {path}: database or disk is full\n")
+        back_up(path, str(tmp_path / "backup.db"))
+        assert admin("restore", "--db", str(tmp_path / "small" / "relay.db"), str(tmp_path / "backup.db")) == (
+            1, "", f"connectoid-admin: {tmp_path / 'small' / 'relay.db'}: No space left on device\n")
+        assert os.listdir(tmp_path / "small") == []
+    finally:
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
+
+
 def killed_at(call: str, number: int, *command: str) -> bool:
     """Run a command that is killed at its n-th system call of a kind; return whether it came to that."""
     if not shutil.which("strace"):
@@ -615,6 +710,9 @@ def damage(path: Path) -> None:
         file.write(b"\xa5" * 4096)
 
 
+TRIGGER = "CREATE TRIGGER thief AFTER DELETE ON messages BEGIN UPDATE quotas SET bytes = 0; END"
+
+
 @pytest.mark.parametrize(("spoil", "complaint"), [
     (lambda path: path.write_bytes(b"not a database" * 1_000), "file is not a database"),
     (Path.unlink, "No such file or directory"),
@@ -622,8 +720,19 @@ def damage(path: Path) -> None:
     (damage, "malformed|damaged"),
     (lambda path: execute(path, f"PRAGMA user_version = {len(SCHEMA) + 1}"), "use one as new as the relay"),
     (lambda path: execute(path, "PRAGMA application_id = 7"), "belongs to another program"),
+    (lambda path: execute(path, "PRAGMA user_version = 0"), "use one as new as the relay"),
+    (lambda path: execute(path, "PRAGMA user_version = -1"), "use one as new as the relay"),
+    (lambda path: execute(path, TRIGGER), "is not as a relay makes it: see its trigger thief"),
+    (lambda path: execute(path, "CREATE VIEW spare AS SELECT * FROM boxes"), "see its view spare"),
+    (lambda path: execute(path, "DROP TABLE quotas"), "see its table quotas"),
+    (lambda path: execute(path, "DROP INDEX messages_box"), "see its index messages_box"),
+    (lambda path: execute(path, "DELETE FROM relay"), "it has no relay time"),
+    (lambda path: execute(path, f"UPDATE relay SET time_us = {YEAR_2200_US}"), "it has no relay time"),
+    (lambda path: execute(path, f"UPDATE relay SET last_at = {2**63 - 1}"), "it has no relay time"),
+    (lambda path: execute(path, "UPDATE relay SET time_us = -1"), "it has no relay time"),
     (lambda path: Path(f"{path}-wal").write_bytes(b"x"), "is a file in use, or was"),
-], ids=["junk", "missing", "cut", "damaged", "newer", "foreign", "in use"])
+], ids=["junk", "missing", "cut", "damaged", "newer", "foreign", "no schema", "negative schema", "trigger", "view",
+        "table gone", "index gone", "no time", "late time", "late message", "negative time", "in use"])
 def test_restore_refuses_what_is_no_whole_backup_and_changes_nothing(
         tmp_path: Path, spoil: Callable[[Path], object], complaint: str) -> None:
     make_file(tmp_path / "relay.db", len(SCHEMA))
@@ -635,6 +744,55 @@ def test_restore_refuses_what_is_no_whole_backup_and_changes_nothing(
         restore(str(tmp_path / "backup.db"), str(tmp_path / "relay.db"))
     assert set(os.listdir(tmp_path)) <= names
     assert content(tmp_path / "relay.db") == before
+
+
+def test_restore_of_the_file_itself_or_in_the_place_of_a_link_is_refused(tmp_path: Path, path: str) -> None:
+    make_file(Path(path), len(SCHEMA))
+    back_up(path, str(tmp_path / "backup.db"))
+    (tmp_path / "link.db").symlink_to(path)
+    names = sorted(os.listdir(tmp_path))
+    with pytest.raises(AdminError, match="is the relay's file itself"):
+        restore(str(tmp_path / "link.db"), path)
+    with pytest.raises(AdminError, match="is a link; name the file itself with --db"):
+        restore(str(tmp_path / "backup.db"), str(tmp_path / "link.db"))
+    with pytest.raises(AdminError, match="is a link; name the file itself with --db"):
+        back_up(str(tmp_path / "link.db"), str(tmp_path / "another.db"))
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("strace"), reason="not installed: strace")
+def test_restore_follows_no_link_that_the_folders_owner_puts_in_its_way(tmp_path: Path, path: str) -> None:
+    """Every close() takes 5 ms, so that a link is there long before the new file is opened again."""
+    make_file(Path(path), len(SCHEMA))
+    back_up(path, str(tmp_path / "backup.db"))
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "relay").mkdir()
+    swapped, stop = threading.Event(), threading.Event()
+
+    def swap() -> None:
+        while not stop.is_set():
+            for new in (tmp_path / "relay").glob("*.new"):
+                with contextlib.suppress(OSError):
+                    new.unlink()
+                    new.symlink_to(tmp_path / "precious")
+                    return swapped.set()
+        return None
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    finished = subprocess.run(
+        ["strace", "-qq", "-o", "/dev/null", "-e", "trace=close", "-e", "inject=close:delay_enter=5000", *ADMIN,
+         "restore", "--db", str(tmp_path / "relay" / "relay.db"), str(tmp_path / "backup.db")],
+        cwd=ROOT, capture_output=True, text=True, check=False)
+    stop.set()
+    thread.join(10)
+    if "ptrace" in finished.stderr:
+        pytest.skip("no leave to trace")
+    assert swapped.is_set()
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (finished.returncode, finished.stderr) == (
+        1, f"connectoid-admin: {tmp_path / 'relay' / 'relay.db'}: Too many levels of symbolic links\n")
 
 
 @pytest.mark.slow
@@ -811,6 +969,65 @@ def test_file_of_another_program_is_left_alone(tmp_path: Path, command: str) -> 
     assert os.listdir(tmp_path) == ["other.db"]
 
 
+@pytest.mark.parametrize("command", ["stats", "backup", "delete"])
+def test_file_with_a_trigger_is_left_alone(tmp_path: Path, path: str, command: str) -> None:
+    make_file(Path(path), len(SCHEMA))
+    execute(Path(path), TRIGGER)
+    before = content(Path(path))
+    words = {"backup": ["backup.db"], "delete": [Owner(1).pub]}.get(command, [])
+    assert admin(command, "--db", path, *words, cwd=tmp_path) == (
+        1, "", f"connectoid-admin: {path} is not as a relay makes it: see its trigger thief\n")
+    assert content(Path(path)) == before
+    assert not (tmp_path / "backup.db").exists()
+    assert found(subject(path), "file") == [
+        Finding("FAIL", "file", f"{path} is not as a relay makes it: see its trigger thief")]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_file_of_each_schema_is_as_a_relay_makes_it_and_may_be_analyzed(path: str, version: int) -> None:
+    make_file(Path(path), version)
+    execute(Path(path), "ANALYZE")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert check_version(path, db) == version
+
+
+@pytest.mark.parametrize("rest", ["-wal", "-journal", "-shm"])
+def test_no_link_beside_the_file_is_followed(tmp_path: Path, path: str, rest: str) -> None:
+    make_file(Path(path), len(SCHEMA))
+    (tmp_path / "precious").write_text("precious")
+    Path(path + rest).symlink_to(tmp_path / "precious")
+    code, _, errors = admin("delete", "--db", path, Owner(1).pub)
+    assert (code, errors) == (1, f"connectoid-admin: {path}: unable to open database file\n")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.fixture
+def as_another_user() -> Iterator[None]:
+    """Be somebody who may read nothing of a test's."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    os.seteuid(65_534)
+    yield
+    os.seteuid(0)
+
+
+def test_who_may_not_read_the_file_or_the_flags_is_told_to_use_sudo(
+        path: str, as_another_user: None, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--db", path], ["--env", f"{path}.env"]):
+        assert main(["stats", *words]) == 1
+        assert re.fullmatch(rf"connectoid-admin: {path}(.env)?: Permission denied; use sudo[^\n]*\n",
+                            capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("words", [["--flags", "--rate many"], ["--env", "nowhere.env"]])
+def test_nothing_but_check_goes_on_with_other_flags_than_the_relays(tmp_path: Path, words: list[str]) -> None:
+    make_file(tmp_path / "connectoid.db", len(SCHEMA))
+    code, output, errors = admin("backup", *words, "backup.db", cwd=tmp_path)
+    assert (code, output, errors.count("\n")) == (1, "", 1)
+    assert not (tmp_path / "backup.db").exists()
+    assert admin("backup", "--db", "connectoid.db", *words, "backup.db", cwd=tmp_path)[0] == 0
+
+
 def test_lock_file_is_no_link_to_follow(tmp_path: Path, path: str) -> None:
     make_file(Path(path), len(SCHEMA))
     (tmp_path / "relay.db-lock").symlink_to(tmp_path / "precious")
@@ -897,6 +1114,93 @@ def test_check_tells_another_program_at_the_relays_port() -> None:
         server.shutdown()
         thread.join(10)
     assert findings[-1] == Finding("FAIL", "relay", f"{looked_at.local_url} is another program")
+
+
+class Hostile(socketserver.StreamRequestHandler):
+    """What answers a request with something else than a relay would."""
+
+    reply = b""
+    patient = False
+
+    def handle(self) -> None:
+        self.rfile.readline()
+        with contextlib.suppress(OSError):
+            while self.patient:  # a byte now and then, so that no single read takes too long
+                self.wfile.write(self.reply)
+                time.sleep(0.05)
+            self.wfile.write(self.reply)
+
+
+@contextlib.contextmanager
+def hostile(reply: bytes, *, patient: bool = False) -> Iterator[str]:
+    """Serve it, and return where."""
+    handler = type("Handler", (Hostile,), {"reply": reply, "patient": patient})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/"
+        finally:
+            server.shutdown()
+            thread.join(10)
+
+
+@pytest.mark.parametrize("reply", [b"H", b"HTTP/1.1 200 OK\r\nA: b\r\n", b"HTTP/1.1 200 OK\r\n\r\nx"],
+                         ids=["status", "headers", "body"])
+def test_relay_that_never_ends_its_answer_is_not_waited_for(reply: bytes) -> None:
+    with hostile(reply, patient=True) as url, pytest.raises(AdminError, match=f"^{url} does not answer: timed out$"):
+        ask(url, "/", timeout_s=1)
+
+
+def test_what_a_hostile_relay_says_stays_in_its_line(tmp_path: Path, path: str) -> None:
+    make_file(Path(path), len(SCHEMA))
+    text = json.dumps({"software": "connectoid_relay", "version": "1\x1b[2J\nOK    relay: all is well"})
+    with hostile(b"HTTP/1.1 500 \x1b[31m\r\n\r\n" + text.encode()) as url:
+        port = url.rstrip("/").rpartition(":")[2]
+        code, output, errors = admin("check", "--db", path, "--flags", f"--host 127.0.0.1 --port {port}", "--url", url)
+    assert (code, errors) == (1, "")
+    assert "relay: all is well" in output
+    assert not re.search(r"(?m)^OK +relay", output)
+    assert all(letter.isprintable() or letter == "\n" for letter in output)
+
+
+def test_check_follows_no_redirection() -> None:
+    with hostile(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\n\r\n") as url:
+        assert found(subject(":memory:", url=url), "reach") == [
+            Finding("FAIL", "reach", f"{url} is no relay (status 302)")]
+
+
+@pytest.mark.parametrize("metrics", [
+    "connectoid_healthy 1", "connectoid_uptime_seconds 1e999", "connectoid_uptime_seconds nan",
+    "connectoid_uptime_seconds -1", "connectoid_uptime_seconds " + "9" * 400, "\xff",
+])
+def test_stats_of_what_is_no_relay_are_those_of_the_file(path: str, metrics: str) -> None:
+    make_file(Path(path), len(SCHEMA))
+    with hostile(b"HTTP/1.1 200 OK\r\n\r\n" + metrics.encode("latin-1") + b"\n") as url:
+        code, output, errors = admin("stats", "--db", path, "--json", "--url", url)
+    assert (code, errors) == (0, f"connectoid-admin: {url} has no metrics (status 200); what the file says:\n")
+    assert json.loads(output)["relay"] is None
+
+
+def test_stats_of_a_hostile_relay_have_nothing_for_the_terminal(path: str) -> None:
+    make_file(Path(path), len(SCHEMA))
+    metrics = 'connectoid_uptime_seconds 5\nconnectoid_info{version="\x1b]0;x\x07"} 1\n'
+    with hostile(b"HTTP/1.1 200 OK\r\n\r\n" + metrics.encode()) as url:
+        for words in ([], ["--json"]):
+            code, output, errors = admin("stats", "--db", path, "--url", url, *words)
+            assert (code, errors) == (0, "")
+            assert "]0;x" in output
+            assert all(letter.isprintable() or letter == "\n" for letter in output)
+
+
+def test_quiet_check_leaves_out_what_is_well(path: str) -> None:
+    make_file(Path(path), len(SCHEMA))
+    words = ["check", "--db", path, "--flags", f"--port {closed_port()}"]
+    code, output, _ = admin(*words)
+    assert admin(*words, "--quiet") == (
+        code, "".join(line for line in output.splitlines(keepends=True) if not line.startswith("OK ")), "")
+    assert "OK " in output
 
 
 def test_check_tells_a_mistake_in_the_flags(tmp_path: Path) -> None:
@@ -1037,7 +1341,8 @@ def test_environment_is_read_as_systemd_reads_it(tmp_path: Path) -> None:
     file = tmp_path / "relay.env"
     for text, words in (("FLAGS=--port 80\n", ["--port", "80"]), ('FLAGS="--port 80"\n', ["--port", "80"]),
                         ("# FLAGS=1\nOTHER=2\n", []), ("FLAGS=\n", []),
-                        ("FLAGS=--name 'My relay' --udp", ["--name", "My relay", "--udp"])):
+                        ("FLAGS=--name 'My relay' --udp", ["--name", "My relay", "--udp"]),
+                        ("FLAGS=--port 80 \\\n  --udp\n", ["--port", "80", "--udp"])):
         file.write_text(text)
         assert read_environment(str(file)) == words
 
@@ -1054,7 +1359,11 @@ def test_database_is_the_one_of_the_relays_flags_or_of_its_folder(tmp_path: Path
     assert str(tmp_path / "connectoid.db") in output
 
 
-@pytest.mark.parametrize("words", [[], ["nonsense"], ["backup"], ["check", "--url", "relay"], ["stats", "--over", "x"]])
+@pytest.mark.parametrize("words", [
+    [], ["nonsense"], ["backup"], ["stats", "--over", "x"], *(["check", "--url", url] for url in (
+        "relay", "ftp://relay/", "http://", "http://[/", "http://relay:0/", "http://relay:99999/", "http://relay:x/",
+        "http://\xfc.example/", "http://relay/\xfc", "https://me:secret@relay/", "http://relay/?x", "http://re lay/")),
+])
 def test_wrong_usage_is_one_line_and_2(words: list[str]) -> None:
     code, output, errors = admin(*words)
     assert (code, output) == (2, "")
@@ -1240,6 +1549,15 @@ def test_every_panel_of_the_dashboard_has_numbers(scraped: tuple[Prometheus, Pro
 
 
 @pytest.mark.slow
+def test_dashboard_marks_the_starts_of_a_relay(scraped: tuple[Prometheus, Process]) -> None:
+    prometheus, _ = scraped
+    (mark,) = DASHBOARD["annotations"]["list"]
+    expression = mark["expr"].replace("$job", "connectoid").replace("$instance", ".*")
+    assert prometheus.query(expression) == []
+    assert prometheus.query(expression.removesuffix(" > 0")) == [0]
+
+
+@pytest.mark.slow
 def test_dashboard_finds_relays_by_its_variables(scraped: tuple[Prometheus, Process]) -> None:
     prometheus, process = scraped
     for label, expected in (("job", ["connectoid"]), ("instance", [f"127.0.0.1:{process.port}"])):
@@ -1316,6 +1634,25 @@ def test_installer_does_nothing_for_who_is_not_root() -> None:
     assert finished.stderr == "install.sh: only root can do this: use sudo\n"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("debootstrap"), reason="needs root and debootstrap")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_trial_of_the_installer_that_is_told_to_stop_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(["sh", "deploy/install_test.sh"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "TMPDIR": str(tmp_path)}, start_new_session=True)
+    while not list(tmp_path.glob("*/root.part")):  # debootstrap is at work
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    assert process.communicate(timeout=60)[0] == "install_test.sh: debootstrap; a minute or two\n"
+    assert process.returncode == 1
+    assert os.listdir(tmp_path) == []
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # of one that has just ended
+            assert str(tmp_path) not in file.read_text(errors="replace")
+
+
 def test_installer_tells_its_usage() -> None:
     finished = subprocess.run(["sh", "deploy/install.sh", "--help"], cwd=ROOT, capture_output=True, text=True,
                               check=True)
@@ -1341,6 +1678,30 @@ def test_readme_names_every_command_of_the_admin_and_every_alert() -> None:
         assert f"connectoid-admin {command}" in text
     for alert in ALERTS:
         assert alert in text
+
+
+def test_readme_nightly_backup_is_silent_and_keeps_a_month(tmp_path: Path, path: str) -> None:
+    (line,) = re.findall(r"(?m)^17 3 \* \* \* root (.+)$", section("Day two"))
+    make_file(Path(path), len(SCHEMA))
+    folder = tmp_path / "backups"
+    folder.mkdir(0o700)
+    for days in (29, 32):
+        (folder / f"connectoid-{days}.db").touch()
+        os.utime(folder / f"connectoid-{days}.db", (0, time.time() - days * 86_400))
+    line = line.replace("/usr/local/bin/connectoid-admin backup", f"{' '.join(ADMIN)} backup --db {path}")
+    finished = subprocess.run(["sh", "-c", line.replace("/var/backups/connectoid", str(folder))], capture_output=True,
+                              text=True, check=True, env={"PATH": "/usr/bin:/bin"})  # as cron has it
+    assert finished.stdout + finished.stderr == ""
+    kept = sorted(os.listdir(folder))
+    assert kept[1:] == ["connectoid-29.db"]
+    assert restored_messages(folder / kept[0]) == 0
+
+
+def test_readme_files_are_all_that_prometheus_needs(tmp_path: Path) -> None:
+    (names,) = re.findall(r"(?m)^sudo cp (.+) /etc/prometheus/$", section("Day two"))
+    for name in names.split():
+        shutil.copy(ROOT / name, tmp_path)
+    promtool("check", "config", str(tmp_path / "prometheus.yml"))
 
 
 # sudo, systemctl and the installed connectoid-admin, each as small as can be, in a folder of a test.

@@ -4,6 +4,7 @@
 # twice it changes nothing. What a host wrote or the relay keeps goes with --purge alone.
 set -eu
 umask 022
+PATH=/usr/sbin:/usr/bin:/sbin:/bin # root may have a Python in its home, where the relay may not look
 
 home=/opt/connectoid
 settings=/etc/connectoid
@@ -14,7 +15,7 @@ service=connectoid-relay.service
 socket=connectoid-relay.socket
 needs='cryptography>=47' # the first with HPKE
 checkout=$(cd "$(dirname "$0")/.." && pwd)
-changed='' # what a running relay does not know yet
+changed=$home/changed # is there while a running relay does not know of something; we may be interrupted
 new_socket=''
 
 usage() {
@@ -48,8 +49,8 @@ check_checkout() {
 # Copy a file, with a mode, if it is not there as it is; a relay that runs has to be told.
 put() {
     if [ -f "$3" ] && cmp -s "$2" "$3"; then return; fi
+    : >"$changed"
     install -D -m "$1" "$2" "$3"
-    changed=yes
 }
 
 find_python() {
@@ -62,22 +63,25 @@ find_python() {
 get_package() {
     command -v apt-get >/dev/null || fail "install $1 first"
     say "installing $1"
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >/dev/null
+    # A new machine may be at its first updates: dpkg's lock is waited for, that of the lists cannot be.
+    apt-get update -qq || say 'apt-get update failed; trying with what is known'
+    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends "$1" >/dev/null
 }
 
 # A new release of Debian has another Python, of which the old environment knows nothing.
 make_environment() {
+    install -d -m 0755 "$home"
+    chown -R root:root "$home" # whoever made it: root runs what is in it
     version='import sys, ensurepip; print(sys.version_info[:2])'
     whole='import sys, pip; print(sys.version_info[:2])' # it may have been interrupted
     if [ "$("$home/bin/python" -c "$whole" 2>/dev/null)" != "$(python3 -c "$version")" ]; then
         say "making a virtual environment in $home"
         python3 -m venv --clear "$home"
-        changed=yes
+        : >"$changed"
     fi
     before=$("$home/bin/pip" freeze)
     "$home/bin/pip" install --quiet --disable-pip-version-check ${1:+"$1"} "$needs"
-    [ "$before" = "$("$home/bin/pip" freeze)" ] || changed=yes
+    [ "$before" = "$("$home/bin/pip" freeze)" ] || : >"$changed"
 }
 
 put_files() {
@@ -99,13 +103,19 @@ WORDS
     mv -f "$admin.new" "$admin"
 }
 
+understood() {
+    "$home/bin/python" -I -c 'import shlex, sys; sys.path.insert(0, sys.argv[1])
+from connectoid_relay import build_parser; build_parser("--flags").parse_args(shlex.split(sys.argv[2]))' "$home" "$1"
+}
+
 put_settings() {
     getent group connectoid >/dev/null || groupadd --system connectoid
     install -d -m 0750 -o root -g connectoid "$settings"
     if [ -f "$settings/relay.env" ]; then
         [ -z "$1" ] || say "$settings/relay.env stays as it is; --flags are for a new one"
     else
-        echo "FLAGS=${1:---port 8080}" >"$settings/relay.env"
+        understood "$1" || fail 'the relay is not started; mend --flags' 2
+        printf 'FLAGS=%s\n' "${1:---port 8080}" >"$settings/relay.env"
     fi
 }
 
@@ -121,8 +131,11 @@ start() {
         systemctl stop "$service" "$socket" # it is refused while the service has the port
         systemctl start "$socket"
     fi
-    if [ "$changed" ]; then systemctl restart "$service"; else systemctl start "$service"; fi ||
-        fail "the relay does not start: journalctl -u connectoid-relay -n 20"
+    if ! systemctl "$([ -e "$changed" ] && echo restart || echo start)" "$service"; then
+        journalctl -u "$service" -n 5 -o cat --no-pager >&2
+        fail "the relay does not start; its flags are in $settings/relay.env, its log is journalctl -u connectoid-relay"
+    fi
+    rm -f "$changed"
     say "the relay runs; sudo connectoid-admin check looks at it"
 }
 
@@ -154,7 +167,7 @@ remove() {
     if [ "$1" ]; then
         # The first of the two is a link to the second under systemd.
         rm -rf "${state:?}" /var/lib/private/connectoid-relay "${settings:?}" "$units/$socket.d" "$units/$service.d" \
-            /etc/cron.d/connectoid-certificate
+            /etc/cron.d/connectoid-certificate /etc/cron.d/connectoid-backup
         ! getent group connectoid >/dev/null || groupdel connectoid
         say "removed, with settings and messages"
     else
@@ -168,7 +181,12 @@ main() {
     flags='' purge=''
     while [ $# -gt 0 ]; do
         case "$command $1" in
-            'install --flags') [ $# -gt 1 ] || fail '--flags needs a text' 2; flags=$2; shift ;;
+            'install --flags')
+                [ $# -gt 1 ] || fail '--flags needs a text' 2
+                [ "$(printf %s "$2" | wc -l)" = 0 ] || fail '--flags takes one line' 2
+                flags=$2
+                shift
+                ;;
             'remove --purge') purge=yes ;;
             *) fail "what is $1? ($0 --help)" 2 ;;
         esac

@@ -37,10 +37,17 @@ relay() {
 first_install() {
     ! sh deploy/install.sh upgrade >out 2>&1 || fail 'no upgrade of nothing'
     grep -q 'nothing is installed' out || fail 'upgrade of nothing'
-    sh deploy/install.sh install --flags "--port $PORT --host 127.0.0.1 --contact me@example.com"
+    mkdir /opt/connectoid && cp connectoid_relay.py /opt/connectoid/ && chown -R 1234 /opt/connectoid
+    ! sh deploy/install.sh install --flags '--prot 1' >out 2>&1 || fail 'no install with wrong flags'
+    grep -q -e --prot out || fail 'which flag is wrong'
+    [ ! -e /etc/connectoid/relay.env ] || fail 'wrong flags are not kept'
+    [ -z "$(find /opt/connectoid ! -user root)" ] || fail 'a folder that is of root alone'
+    sh deploy/install.sh install --flags "--port $PORT --host 127.0.0.1 --contact 'Alice \\n <me@example.com>'"
     systemd_runs || relay start
     healthy || fail 'a relay that is well'
     [ "$(stat -c %a:%G /etc/connectoid)" = 750:connectoid ] || fail 'settings for the group alone'
+    [ "$(cat /etc/connectoid/relay.env)" = "FLAGS=--port $PORT --host 127.0.0.1 --contact 'Alice \\n <me@example.com>'" ] ||
+        fail 'flags as they were given'
     step 'install: the relay is well'
 }
 
@@ -51,6 +58,25 @@ second_install() {
     ! systemd_runs || [ "$before" = "$(pid)" ] || fail 'a relay that is left alone'
     healthy || fail 'a relay that is still well'
     step 'install again: nothing has changed, the relay was not restarted'
+}
+
+# Of a relay whose files are new and who was not told, and of one that does not start.
+interrupted_install() {
+    systemd_runs || return 0
+    : >/opt/connectoid/changed
+    sh deploy/install.sh install >out
+    [ "$before" != "$(pid)" ] || fail 'a relay that was told at last'
+    [ ! -e /opt/connectoid/changed ] || fail 'and once only'
+    cp /etc/connectoid/relay.env /root/relay.env
+    echo 'FLAGS=--port none' >/etc/connectoid/relay.env
+    relay stop
+    ! sh deploy/install.sh install >out 2>&1 || fail 'a relay with wrong flags'
+    grep -q 'argument --port' out || fail "the relay's own words: $(cat out)"
+    cp /root/relay.env /etc/connectoid/relay.env
+    systemctl reset-failed connectoid-relay
+    sh deploy/install.sh install >out
+    healthy || fail 'a relay with the right flags'
+    step 'install after an interrupted one, and after wrong flags'
 }
 
 look() {
@@ -158,10 +184,12 @@ removal() {
     step 'remove keeps, remove --purge leaves nothing'
 }
 
+trap '[ ! -f /run/relay.pid ] || kill "$(cat /run/relay.pid)"' EXIT
 python3 -c 'import ensurepip' 2>/dev/null || echo 'a Debian without python3-venv'
 systemd_runs && echo "systemd $(systemctl --version | head -n 1 | cut -d' ' -f2) runs" || echo 'without systemd'
 first_install
 second_install
+interrupted_install
 look
 lose_the_disk
 belong

@@ -95,6 +95,8 @@ def started(folder: Path, port: int, *command: str) -> Iterator[subprocess.Popen
                     ask(port, check(Owner(1).pub))
                     break
                 time.sleep(0.1)
+            else:
+                raise SystemExit(f"{command[0]} does not answer: {(folder / 'log').read_text()[-500:]}")
             yield process
         finally:
             process.terminate()
