@@ -22,7 +22,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 __all__ = [
-    "About", "Access", "Clock", "Limits", "Look", "Message", "Networks", "NoRoom", "Quota", "Refusal", "Relay",
+    "About", "Access", "Clock", "Limits", "Look", "Message", "Networks", "NoRoom", "Quota", "Rate", "Refusal", "Relay",
     "RelayServer", "Reply", "SettingError", "SqliteStore", "Store", "StoreError", "StoreFull", "Stored", "Text",
     "Wait", "load_tls", "main", "read_access", "source_of", "wsgi",
 ]
@@ -706,8 +706,12 @@ def counted_bytes(size: int) -> int:
     return max(size, MIN_COUNTED_BYTES)
 
 
-def _check_box(content: Sequence[int], size: int, limits: Limits) -> None:
-    """Raise NoRoom if a box with this content (BOX_CONTENT) has none for a message of this size."""
+def check_room(content: Sequence[int], size: int, limits: Limits) -> None:
+    """Raise NoRoom if a box with this content has none for a message of this size.
+
+    The content is the number of messages, their bytes and the first expiry, of all and
+    then of the message's own source (as BOX_CONTENT has them).
+    """
     messages, total, until_us, own_messages, own_total, own_until_us = content
     share_messages = max(1, limits.max_box_messages // SOURCE_SHARE)
     share_bytes = limits.max_box_bytes // SOURCE_SHARE
@@ -728,6 +732,8 @@ class SqliteStore:
     """
 
     def __init__(self, path: str = "connectoid.db", *, sync: str = "full") -> None:
+        if os.path.islink(path):  # SQLite puts its files beside the file itself; the lock belongs there too
+            path = os.path.realpath(path)
         self._path, self._reserve, self._in_memory = path, Path(path + "-reserve"), path == ":memory:"
         self._sync_pragma = {"full": "PRAGMA synchronous = FULL", "normal": "PRAGMA synchronous = NORMAL"}[sync]
         self._lock = threading.Lock()  # one writer at a time; the file's lock is for other processes
@@ -809,8 +815,9 @@ class SqliteStore:
             for sql in ("BEGIN IMMEDIATE", *itertools.chain(*missing),
                         f"PRAGMA user_version = {len(SCHEMA)}", "COMMIT"):
                 self._db.execute(sql)
-        # Fails here and now if the file cannot be written or the row has gone.
-        if self._db.execute("UPDATE relay SET time_us = time_us").rowcount != 1:
+        # Fails here and now if the file cannot be written, the row has gone, or no clock of a relay wrote it.
+        if self._db.execute("UPDATE relay SET time_us = time_us WHERE max(time_us, last_at) < ?",
+                            (YEAR_2200_US,)).rowcount != 1:
             raise self._damaged()
 
     def _damaged(self) -> StoreError:
@@ -981,7 +988,7 @@ class SqliteStore:
 
         def job(row: _RelayRow) -> int:
             *content, proven = self._db.execute(BOX_CONTENT, (box, row.time_us, source)).fetchone()
-            _check_box(content, len(sealed), limits)
+            check_room(content, len(sealed), limits)
             # Strangers may fill two thirds; the last one is for boxes whose owner has shown up.
             room = limits.max_bytes * (3 if proven else 2) // 3
             if row.bytes + counted_bytes(len(sealed)) > room:
@@ -1183,6 +1190,20 @@ class RateLimit:
                 return seconds_until((span + 1) * self.span_us, now_us)
             self._taken[key] = taken
             return 0
+
+
+class Rate(Protocol):
+    """A rate limit. RateLimit is one; who shares a store with others may hand in another."""
+
+    limit: int
+
+    def take(self, key: Hashable, now_us: int, amount: int = 1) -> int:
+        """Take the amount and return 0, or take nothing and return the seconds to wait; may raise StoreError."""
+
+
+def own_rate(_name: str, limit: int, span_us: int) -> Rate:
+    """Return a rate limit that this process keeps for itself."""
+    return RateLimit(limit, span_us)
 
 
 class DailyRequests:
@@ -1507,6 +1528,19 @@ class About(NamedTuple):
     price_url: str | None = None
 
 
+def _fetch_nothing(_boxes: Iterable[bytes]) -> contextlib.AbstractContextManager[None]:
+    """Return what a store needs whose looks cost microseconds each."""
+    return contextlib.nullcontext()
+
+
+def _boxes_in(batch: Iterable[object]) -> Iterator[bytes]:
+    """Yield the mailboxes of those items whose form is right, if anybody asks."""
+    for item in batch:
+        with contextlib.suppress(Refusal):
+            if isinstance(item, dict):
+                yield read_box(item)
+
+
 FOUND_NOTHING: Mapping[str, bool] = {"ok": True, "found": False}
 
 
@@ -1518,12 +1552,18 @@ class Relay:
     """Answer requests: `handle` for whoever embeds it, `begin` and `run` for fronts.
 
     Somebody must call `sweep` about once a second; RelayServer and wsgi do. `access` may
-    be replaced at any time.
+    be replaced at any time. Relays on one store can hold rate limits in sum: `rate_limit`
+    makes one from its name, its limit and its span in microseconds, and `source_key`
+    returns the 32 bytes under which all of them hash the sources of a day. In a `with` of
+    `fetch` these boxes are looked at, by the same thread: a store may get them at once.
     """
 
     def __init__(self, store: Store, limits: Limits | None = None, *, access: Access | None = None,
                  about: About | None = None, clock: Clock = SYSTEM_CLOCK,
-                 random_bytes: Callable[[int], bytes] = secrets.token_bytes, log_ips: bool = False) -> None:
+                 random_bytes: Callable[[int], bytes] = secrets.token_bytes, log_ips: bool = False,
+                 rate_limit: Callable[[str, int, int], Rate] = own_rate,
+                 source_key: Callable[[int], bytes] | None = None,
+                 fetch: Callable[[Iterable[bytes]], contextlib.AbstractContextManager[None]] = _fetch_nothing) -> None:
         self.store, self.limits = store, limits or Limits()
         self.access, self.about = access or Access(), about or About()
         self.counts = Counts()
@@ -1534,13 +1574,16 @@ class Relay:
         believed_us = wall_us if RELEASE_US <= wall_us < YEAR_2200_US else RELEASE_US
         self._base_us = max(believed_us, store.time_us()) - clock.monotonic_us()
         on = self.limits.rate > 0  # else all limits here are 0, which is none
-        self._requests = RateLimit(self.limits.rate, MINUTE_US)
-        self._seals = RateLimit(on * self.limits.max_seals, MINUTE_US)
-        self._sends = RateLimit(on * self.limits.max_sends, MINUTE_US)
-        self._sent_bytes = RateLimit(on * self.limits.max_source_bytes, HOUR_US)
+        self._requests = rate_limit("requests", self.limits.rate, MINUTE_US)
+        self._seals = rate_limit("seals", on * self.limits.max_seals, MINUTE_US)
+        self._sends = rate_limit("sends", on * self.limits.max_sends, MINUTE_US)
+        self._sent_bytes = rate_limit("sent_bytes", on * self.limits.max_source_bytes, HOUR_US)
         self._datagrams = RateLimit(on * self.limits.max_udp, SECOND_US)
         self._complaints = RateLimit(1, MINUTE_US)
-        self._source_day, self._source_key = 0, b""  # never written: the file shows no addresses
+        # Our own is never written: the file shows no addresses.
+        self._make_source_key = source_key or (lambda _day: random_bytes(SOURCE_KEY_BYTES))
+        self._source_day, self._source_key = 0, b""
+        self._fetch = fetch
         self._parsing = threading.Lock()
         self._seen_us: dict[bytes, int] = {}  # boxes with a check today, not yet written
         self._swept_us = self._started_us = self.now_us()
@@ -1621,7 +1664,7 @@ class Relay:
             return self._begin_one(request, source, _OPERATIONS)
         first = functools.partial(self._begin_one, request[0], source, _BATCH_OPERATIONS)  # counted already
         return functools.partial(self._merge, [first, *(
-            functools.partial(self._begin_item, item, source) for item in request[1:])])
+            functools.partial(self._begin_item, item, source) for item in request[1:])], _boxes_in(request))
 
     def _begin_item(self, item: object, source: str) -> Outcome:
         self.admit(source)
@@ -1649,17 +1692,18 @@ class Relay:
             self._complain(f"{source if self._log_ips else 'a source'} asks too often")
             raise Refusal(TOO_OFTEN, f"More than {self.limits.rate} requests in a minute.", retry_s)
 
-    def _merge(self, calls: Sequence[Callable[[], Outcome]]) -> Outcome:
+    def _merge(self, calls: Sequence[Callable[[], Outcome]], boxes: Iterable[bytes]) -> Outcome:
         """Return the replies of a batch, or a wait if each of its checks would wait."""
-        outcomes = [self.run(call) for call in calls]
+        with self._fetch(boxes):
+            outcomes = [self.run(call) for call in calls]
         waits = [outcome for outcome in outcomes if isinstance(outcome, Wait)]
         replies = [outcome.reply if isinstance(outcome, Wait) else outcome for outcome in outcomes]
         reply = Reply(200, [reply.body for reply in replies])
         if len(waits) < len(outcomes):
             return reply
-        boxes = frozenset[bytes]().union(*(wait.boxes for wait in waits))
-        again = functools.partial(self._merge, [wait.again for wait in waits])
-        return Wait(boxes, min(wait.seconds for wait in waits), reply, again)
+        waited_for = frozenset[bytes]().union(*(wait.boxes for wait in waits))
+        again = functools.partial(self._merge, [wait.again for wait in waits], waited_for)
+        return Wait(waited_for, min(wait.seconds for wait in waits), reply, again)
 
     # check
 
@@ -1765,7 +1809,7 @@ class Relay:
         """Return what stands for a source today: tomorrow the same source has another."""
         today = self.now_us() // DAY_US
         if today != self._source_day:
-            self._source_day, self._source_key = today, self._random_bytes(SOURCE_KEY_BYTES)
+            self._source_day, self._source_key = today, self._make_source_key(today)
         return hashlib.blake2b(source.encode("utf-8", "replace"), key=self._source_key, digest_size=16).digest()
 
     def _no_room(self, error: NoRoom) -> Refusal:
@@ -2467,15 +2511,20 @@ class RelayServer(http.server.ThreadingHTTPServer):
     `stun` Binding requests in single datagrams; `proxies` are those whose X-Forwarded-For is
     believed; `on_tick` is called some times a second by the serving thread; `tls`, which may be replaced while it
     serves, is what `load_tls` gives; `inherited` are sockets that listen already, one
-    stream and at most one of datagrams. Raises OSError if the address cannot be had.
+    stream and at most one of datagrams; `remote` is for a store across a network, which only the
+    pool asks, and not for UDP: its `arrivals` alone must not block. Raises OSError if the address cannot be had.
     """
 
     request_queue_size = LISTEN_BACKLOG
 
     def __init__(self, server_address: tuple[str, int], relay: Relay, *, udp: bool = False, stun: bool = False,
                  tls: ssl.SSLContext | None = None, proxies: Networks = NO_NETWORKS,
-                 inherited: Sequence[socket.socket] = (), on_tick: Callable[[], None] = lambda: None) -> None:
+                 inherited: Sequence[socket.socket] = (), on_tick: Callable[[], None] = lambda: None,
+                 remote: bool = False) -> None:
         host = server_address[0]
+        self._remote = remote
+        # A call that is made later, by the pool, or at once.
+        self._route: Callable[..., Outcome] = functools.partial(functools.partial, route) if remote else route
         self._inherited = {opened.type: opened for opened in inherited}
         self.address_family = (socket.getaddrinfo(host, None)[0][0] if host else
                                socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
@@ -2721,7 +2770,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
                     head = yield from self._complete(client, head)
                 client.cursor_us = self._cursor_us
                 source = self._source_of(client, head)
-                outcome = route(self.relay, head, self._take_body(client, head), source, self._front)
+                outcome = self._route(self.relay, head, self._take_body(client, head), source, self._front)
                 reply = outcome if isinstance(outcome, Reply) else (yield from self._finish(client, source, outcome))
                 last = self._stopping or not head.keep_alive
                 unsent = self._push(client, render(reply, head, last=last), last)
@@ -2875,7 +2924,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 if self._receive(client):
                     return wait.reply
             # A single one is looked up at once: a flood of messages to one box takes no places in the queue.
-            return self.relay.step(wait.again) if len(wait.boxes) == 1 else wait.again
+            return wait.again if self._remote or len(wait.boxes) > 1 else self.relay.step(wait.again)
         except TimeoutError:
             return wait.reply
         finally:
@@ -2961,9 +3010,36 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
 
 # ---------------------------------------------------------------------------------------
-# WSGI (PEP 3333): the same routes inside somebody's gunicorn, Flask or Django. It never
-# waits: a thread of theirs is too dear for a long poll.
+# Fronts that are called with one whole request: WSGI (PEP 3333), the same routes inside
+# somebody's gunicorn, Flask or Django. They never wait: a thread of theirs is too dear
+# for a long poll.
 # ---------------------------------------------------------------------------------------
+
+
+def answer_at_once(relay: Relay, head: Head, address: str, take_body: Callable[[], bytes],
+                   proxies: Networks = NO_NETWORKS) -> Reply:
+    """Return the reply to a request from an address, without a wait; may block, never raises.
+
+    `take_body` gets the body, if it is short enough, or raises Refusal.
+    """
+    source = client_of(address, head.forwarded_for, proxies)
+    outcome = relay.run(functools.partial(_begin_whole, relay, head, take_body, source))
+    return outcome.reply if isinstance(outcome, Wait) else outcome
+
+
+def _begin_whole(relay: Relay, head: Head, take_body: Callable[[], bytes], source: str) -> Outcome:
+    if head.length < 0:
+        raise Refusal(BAD_REQUEST, "Send one Content-Length of 1 to 9 digits.")
+    if head.length > relay.limits.max_body_bytes:
+        raise Refusal(TOO_BIG, f"A body may have {relay.limits.max_body_bytes} bytes.")
+    return route(relay, head, take_body(), source, Front())
+
+
+def respond_in_pairs(reply: Reply, head: Head | None) -> tuple[list[tuple[str, str]], bytes]:
+    """Return the names and values of the headers, and the body of a reply: as `respond`."""
+    headers, body = respond(reply, head)
+    pairs = [line.partition(": ") for line in headers.decode("ascii").splitlines()]
+    return [(name, value) for name, _, value in pairs], body
 
 
 def wsgi(relay: Relay, proxies: Networks = NO_NETWORKS) -> Callable[..., Iterable[bytes]]:
@@ -2980,11 +3056,10 @@ def wsgi(relay: Relay, proxies: Networks = NO_NETWORKS) -> Callable[..., Iterabl
         if os.getpid() != owner:
             raise RuntimeError("make the relay in the process that serves it (gunicorn: without --preload)")
         head = _head_of(environ)
-        outcome = relay.run(functools.partial(_begin_wsgi, relay, head, environ, proxies))
-        reply = outcome.reply if isinstance(outcome, Wait) else outcome
-        headers, body = respond(reply, head)
-        start_response(f"{reply.status} {HTTPStatus(reply.status).phrase}", [
-            tuple(line.split(": ", 1)) for line in headers.decode("ascii").splitlines()])
+        reply = answer_at_once(relay, head, environ.get("REMOTE_ADDR", ""),
+                               functools.partial(_read_body, environ, head.length), proxies)
+        headers, body = respond_in_pairs(reply, head)
+        start_response(f"{reply.status} {HTTPStatus(reply.status).phrase}", headers)
         return [body]
 
     return application
@@ -2999,17 +3074,12 @@ def _head_of(environ: Mapping[str, Any]) -> Head:
                 forwarded_for=environ.get("HTTP_X_FORWARDED_FOR", ""))
 
 
-def _begin_wsgi(relay: Relay, head: Head, environ: Mapping[str, Any], proxies: Networks) -> Outcome:
-    if head.length < 0:
-        raise Refusal(BAD_REQUEST, "Send one Content-Length of 1 to 9 digits.")
-    if head.length > relay.limits.max_body_bytes:
-        raise Refusal(TOO_BIG, f"A body may have {relay.limits.max_body_bytes} bytes.")
+def _read_body(environ: Mapping[str, Any], length: int) -> bytes:
     try:
-        body = environ["wsgi.input"].read(head.length) if head.length else b""
+        octets: bytes = environ["wsgi.input"].read(length) if length else b""
     except OSError:
         raise Refusal(BAD_REQUEST, "The body did not arrive.") from None
-    source = client_of(environ.get("REMOTE_ADDR", ""), head.forwarded_for, proxies)
-    return route(relay, head, body, source, Front())
+    return octets
 
 
 # ---------------------------------------------------------------------------------------
@@ -3201,20 +3271,31 @@ def reread_when_asked(asked: threading.Event, arguments: argparse.Namespace, ser
             log.info("connectoid relay: read the files again")
 
 
-def serve(arguments: argparse.Namespace) -> None:
-    """Run a relay until SIGTERM or SIGINT; raise SettingError, StoreError or OSError if it cannot."""
+def open_relay(arguments: argparse.Namespace, limits: Limits, **settings: Any) -> Relay:
+    """Return a relay on the SQLite file that the flags name."""
+    return Relay(SqliteStore(arguments.db, sync=arguments.sync), limits, **settings)
+
+
+def serve(arguments: argparse.Namespace, make_relay: Callable[..., Relay] = open_relay, *,
+          remote: bool = False) -> None:
+    """Run a relay until SIGTERM or SIGINT; raise SettingError, StoreError or OSError if it cannot.
+
+    `make_relay` is called as `open_relay` is; `remote` is RelayServer's.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
+    if remote and (arguments.udp or arguments.stun):
+        raise SettingError("--udp and --stun are for a relay whose store is a file of its own; leave them out")
     limits = Limits(**{limit.name: getattr(arguments, limit.name) for limit in fields(Limits)})
     about = About(arguments.name, arguments.contact, arguments.notice, arguments.price_url)
     (access, tls), sockets = read_settings(arguments), inherited_sockets()
     if len(sockets) == 1 and (arguments.udp or arguments.stun):
         raise SettingError("--udp and --stun need a ListenDatagram= with the same port in the socket unit")
     raise_file_limit(limits.max_connections)
-    relay = Relay(SqliteStore(arguments.db, sync=arguments.sync), limits, access=access, about=about,
-                  log_ips=arguments.log_ips)
+    relay = make_relay(arguments, limits, access=access, about=about, log_ips=arguments.log_ips)
     with contextlib.closing(relay), RelayServer(
             (arguments.host, arguments.port), relay, udp=arguments.udp, stun=arguments.stun, tls=tls,
-            proxies=Networks(arguments.trusted_proxy), inherited=sockets, on_tick=build_watchdog()) as server:
+            proxies=Networks(arguments.trusted_proxy), inherited=sockets, on_tick=build_watchdog(),
+            remote=remote) as server:
         handle_signals(server, asked := threading.Event())
         threading.Thread(target=reread_when_asked, args=(asked, arguments, server), daemon=True).start()
         host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
@@ -3238,13 +3319,18 @@ def handle_signals(server: RelayServer, asked: threading.Event) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 stopped, 1 failed; 2 (usage) exits."""
-    parser = build_parser(os.path.basename(sys.argv[0]))
+    return run_command(build_parser(os.path.basename(sys.argv[0])), argv, serve)
+
+
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
+                run: Callable[[argparse.Namespace], None]) -> int:
+    """Run what the arguments ask for and return the exit code: as `main`, for a parser with further flags."""
     arguments = parser.parse_args(argv)
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
         parser.error("--tls-cert and --tls-key go together")
     log_to_stderr()
     try:
-        serve(arguments)
+        run(arguments)
     except (StoreError, SettingError) as error:
         log.error("connectoid relay: %s", error)
         return 1

@@ -31,7 +31,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -132,10 +132,32 @@ def folder() -> Iterator[Path]:
         yield Path(path)
 
 
-@pytest.fixture(params=STORES)
+@pytest.fixture(scope="session")
+def open_table() -> Iterator[Callable[[str], Store]]:
+    """Return a function that opens an empty table on a DynamoDB-compatible engine, as exact as SQLite."""
+    engines = pytest.importorskip("engines", reason="boto3 is missing: pip install -e '.[test]'")
+    dynamodb_store = pytest.importorskip("dynamodb_store")
+    with contextlib.ExitStack() as stack:
+        @functools.cache
+        def start_engine(name: str) -> Any:
+            return engines.client_of(stack.enter_context(engines.ENGINES[name]()))
+
+        def open_new(name: str) -> Store:
+            try:
+                client, table = start_engine(name), engines.new_name()
+            except engines.Missing as missing:
+                pytest.skip(str(missing))
+            dynamodb_store.create_table(client, table)
+            return cast(Store, dynamodb_store.DynamoDbStore(table, client, bucket_width_us=lambda _ttl_us: 1))
+
+        yield open_new
+
+
+@pytest.fixture(params=[*STORES, *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("dynalite", "moto"))])
 def store(request: pytest.FixtureRequest, folder: Path) -> Iterator[Store]:
     """Return an empty store of each kind."""
-    store = STORES[request.param](folder)
+    name = request.param
+    store = STORES[name](folder) if name in STORES else request.getfixturevalue("open_table")(name)
     yield store
     store.close()
 
@@ -392,6 +414,32 @@ def test_keep_boxes_makes_rows_while_there_is_room_and_only_raises_them(store: S
     store.keep_boxes(everything, NOW_US, 4)
     kept = [store.look(box, 0, NOW_US).box_expires_us for box in everything]
     assert kept == [later_us + 2] * 4 + [None]
+
+
+def test_store_behind_a_link_has_its_lock_beside_the_file_itself(folder: Path) -> None:
+    (folder / "disk").mkdir()
+    (folder / "link.db").symlink_to(folder / "disk" / "relay.db")
+    store = SqliteStore(str(folder / "link.db"))
+    put(store)
+    assert {path.name for path in folder.iterdir()} == {"disk", "link.db"}
+    assert {path.name for path in (folder / "disk").iterdir()} >= {"relay.db", "relay.db-lock", "relay.db-wal"}
+    store.close()
+
+
+@pytest.mark.parametrize("column", ["time_us", "last_at"])
+def test_store_with_a_time_that_no_relay_has_is_refused(folder: Path, column: str) -> None:
+    """One that is past the year 2200, up to where it would not fit a number of SQLite."""
+    for time_us, refused in ((YEAR_2200_US - 1, False), (YEAR_2200_US, True), (2**63 - 1, True)):
+        STORES["file"](folder).close()
+        with contextlib.closing(sqlite3.connect(folder / "relay.db")) as db, db:
+            db.execute(f"UPDATE relay SET {column} = ?", (time_us,))
+        if refused:
+            with pytest.raises(StoreError, match="no relay time"):
+                STORES["file"](folder)
+            with contextlib.closing(sqlite3.connect(folder / "relay.db")) as db, db:
+                db.execute(f"UPDATE relay SET {column} = 0")
+        else:
+            STORES["file"](folder).close()
 
 
 @pytest.mark.parametrize("write", ["put", "sweep", "close"])
@@ -1103,6 +1151,104 @@ def test_handle_answers_any_json_value(make: Make, request_: object) -> None:
 def test_datagram_of_any_octets_gets_a_shorter_reply_or_none(make: Make, octets: bytes) -> None:
     reply = answer_datagram(make(rate=0), octets)
     assert reply is None or (len(reply) <= len(octets) and json.loads(reply)["found"] is False)
+
+
+# What relays on one store may share
+
+
+def test_relay_takes_its_rate_limits_from_whoever_shares_them(clock: FakeClock, alice: Owner) -> None:
+    made: dict[str, tuple[int, int]] = {}
+    taken: list[tuple[str, object, int]] = []
+
+    class Shared:
+        """A rate limit that notes what is taken."""
+
+        def __init__(self, name: str, limit: int, span_us: int) -> None:
+            made[name] = (limit, span_us)
+            self.name, self.limit = name, limit
+
+        def take(self, key: object, _now_us: int, amount: int = 1) -> int:
+            """Let all pass but a third request."""
+            taken.append((self.name, key, amount))
+            return 7 * (len(taken) > 7)
+
+    relay = Relay(SqliteStore(":memory:"), clock=clock.clock, rate_limit=Shared)
+    assert made == {"requests": (600, 60 * SECOND_US), "seals": (120, 60 * SECOND_US), "sends": (60, 60 * SECOND_US),
+                    "sent_bytes": (64 << 20, HOUR_US)}
+    assert relay.handle(send(alice), HOME) == OK_REPLY
+    assert relay.handle(check(alice), HOME).status == 200
+    assert taken == [("requests", HOME, 1), ("sends", (alice.box, HOME), 1), ("sent_bytes", HOME, 4),
+                     ("requests", HOME, 1), ("seals", HOME, 1)]
+    assert [relay.handle(check(alice), HOME).status for _ in range(3)] == [200, 200, 429]
+    relay.close()
+
+
+def test_relays_with_one_source_key_see_one_source(clock: FakeClock, folder: Path, alice: Owner) -> None:
+    asked: list[int] = []
+
+    def key_of(day: int) -> bytes:
+        asked.append(day)
+        return day.to_bytes(32)
+
+    relays = [Relay(STORES["file"](folder), Limits(max_box_messages=2 * SOURCE_SHARE), clock=clock.clock,
+                    source_key=key_of) for _ in range(2)]
+    assert [relay.handle(send(alice), HOME).status for relay in (*relays, *relays)] == [200, 200, 429, 429]
+    assert asked == [START_US // DAY_US] * 2
+    clock.advance(86_400)
+    assert relays[0].handle(send(alice), HOME) == OK_REPLY
+    assert asked[2:] == [START_US // DAY_US + 1]
+    for relay in relays:
+        relay.close()
+
+
+def test_batch_tells_which_boxes_it_will_look_at(clock: FakeClock, alice: Owner, bob: Owner) -> None:
+    within: list[list[bytes]] = []
+    watched = WatchedStore(SqliteStore(":memory:"))
+
+    @contextlib.contextmanager
+    def fetch(boxes: Iterable[bytes]) -> Iterator[None]:
+        before = watched.calls["look"]
+        yield
+        within.append(list(boxes))
+        assert watched.calls["look"] - before == 2
+
+    relay = Relay(watched.store, clock=clock.clock, fetch=fetch)
+    wrong = [{"pub": "AAAA"}, {}, 7, None, {"pub": 7}]
+    assert relay.handle([check(alice), *wrong, check(bob)], HOME).status == 200
+    assert within == [[alice.box, bob.box]]
+    assert relay.handle(check(alice), HOME).status == 200
+    outcome = relay.begin(json.dumps([check(alice, wait=9), check(bob, wait=9)]).encode(), HOME)
+    wait = relay.run(outcome)
+    assert isinstance(wait, Wait)
+    relay.run(wait.again)
+    assert [set(boxes) for boxes in within[1:]] == [{alice.box, bob.box}] * 2
+    relay.close()
+
+
+def test_remote_server_asks_its_store_in_the_pool_alone(alice: Owner, bob: Owner) -> None:
+    callers: dict[str, set[str]] = collections.defaultdict(set)
+
+    class Remote(WatchedStore):
+        """A store that notes who calls."""
+
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            callers[threading.current_thread().name].add(name)
+            return super().__getattr__(name)
+
+    relay = Relay(Remote(SqliteStore(":memory:")).store)
+    with contextlib.closing(relay), serving(relay, remote=True) as server:
+        port = server.server_port
+        callers.clear()
+        for request in (send(alice), check(alice), [check(alice), check(bob)], check(bob)):
+            assert post(port, request)[0] == 200
+        for path in ("/", "/health", "/metrics"):
+            assert exchange(port, http_request(b"", method="GET", path=path)).startswith(b"HTTP/1.1 200")
+        with contextlib.closing(park(port, check(bob, wait=60))) as client:
+            assert post(port, send(bob)) == (200, OK)
+            assert reply_on(client)[1]["found"] is True
+    (loop,) = (name for name in callers if "serve_forever" in name)
+    assert callers[loop] <= {"arrivals", "snapshot"}
+    assert set().union(*callers.values()) >= {"put", "look", "stored", "probe"}
 
 
 # Storage: the eighth, the full box, the full relay, box rows
