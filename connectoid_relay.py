@@ -60,10 +60,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
+from typing import Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, get_type_hints
 
 try:
     from cryptography.hazmat.primitives import hpke
@@ -130,38 +129,43 @@ RELEASE_US = 1_795_392_000 * SECOND_US  # 2026-11-23: a clock that shows less is
 YEAR_2200_US = 7_258_118_400 * SECOND_US  # and so is one that shows more
 
 
-def _limit(default: int, meaning: str, minimum: int = 0) -> int:
-    """Return a field of Limits with its default, its unit and reason, and its minimum."""
-    declared: int = field(default=default, metadata={"meaning": meaning, "minimum": minimum})
-    return declared
+class Meaning(NamedTuple):
+    """What a limit bounds, with its unit and its reason, and the least that it may be."""
+
+    text: str
+    minimum: int = 0
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """Hold the limits that a host may change; the command line has a flag for each."""
 
-    rate: int = _limit(600, "requests per source and minute; 0 = every rate limit off")
-    max_seals: int = _limit(120, "questions made per source and minute: each costs a P-384 seal", 1)
-    max_sends: int = _limit(60, "messages per box, source and minute", 1)
-    max_source_bytes: int = _limit(
-        64 << 20, "bytes of data sent per source and hour: one host cannot fill the relay", 1)
-    max_udp: int = _limit(10_000, "UDP datagrams per second, from all together", 1)
-    max_body_bytes: int = _limit(128 << 10, "bytes of a request's body: a batch of 256 checks", 1)
-    max_header_bytes: int = _limit(16 << 10, "bytes of a request's line and headers", 64)
-    request_timeout_s: int = _limit(10, "seconds for a whole request to arrive", 1)
-    idle_timeout_s: int = _limit(75, "seconds that a connection may stay idle, or take to read a reply", 1)
-    max_connections: int = _limit(10_000, "open connections; 0 = no limit")
-    max_connections_per_source: int = _limit(256, "open connections of one source; 0 = no limit")
-    max_waiting: int = _limit(10_000, "boxes waited for in long polls; 0 = no limit")
-    max_queued: int = _limit(512, "requests in the queue for a thread: half a second of work", 1)
-    max_buffered_bytes: int = _limit(64 << 20, "bytes of unread requests and unsent replies", 1)
-    max_box_messages: int = _limit(256, "messages in a box", 1)
-    max_box_bytes: int = _limit(8 << 20, "bytes of data in a box", 1)
-    max_bytes: int = _limit(1 << 30, "bytes of data in all; a third is kept for proven boxes", 1)
-    max_boxes: int = _limit(2_000_000, "boxes with a proven owner: 250 MB of disk")
-    message_ttl_s: int = _limit(3_600, "seconds that a message is kept", 1)
-    question_ttl_s: int = _limit(60, "seconds that a question is good for", 2)
-    box_ttl_s: int = _limit(30 * 86_400, "seconds that a proven box is kept after its last check", 1)
+    rate: Annotated[int, Meaning("requests per source and minute; 0 = every rate limit off")] = 600
+    max_seals: Annotated[int, Meaning("questions made per source and minute: each costs a P-384 seal", 1)] = 120
+    max_sends: Annotated[int, Meaning("messages per box, source and minute", 1)] = 60
+    max_source_bytes: Annotated[int, Meaning(
+        "bytes of data sent per source and hour: one host cannot fill the relay", 1)] = 64 << 20
+    max_udp: Annotated[int, Meaning("UDP datagrams per second, from all together", 1)] = 10_000
+    max_body_bytes: Annotated[int, Meaning("bytes of a request's body: a batch of 256 checks", 1)] = 128 << 10
+    max_header_bytes: Annotated[int, Meaning("bytes of a request's line and headers", 64)] = 16 << 10
+    request_timeout_s: Annotated[int, Meaning("seconds for a whole request to arrive", 1)] = 10
+    idle_timeout_s: Annotated[int, Meaning("seconds that a connection may stay idle, or take to read a reply", 1)] = 75
+    max_connections: Annotated[int, Meaning("open connections; 0 = no limit")] = 10_000
+    max_connections_per_source: Annotated[int, Meaning("open connections of one source; 0 = no limit")] = 256
+    max_waiting: Annotated[int, Meaning("boxes waited for in long polls; 0 = no limit")] = 10_000
+    max_queued: Annotated[int, Meaning("requests in the queue for a thread: half a second of work", 1)] = 512
+    max_buffered_bytes: Annotated[int, Meaning("bytes of unread requests and unsent replies", 1)] = 64 << 20
+    max_box_messages: Annotated[int, Meaning("messages in a box", 1)] = 256
+    max_box_bytes: Annotated[int, Meaning("bytes of data in a box", 1)] = 8 << 20
+    max_bytes: Annotated[int, Meaning("bytes of data in all; a third is kept for proven boxes", 1)] = 1 << 30
+    max_boxes: Annotated[int, Meaning("boxes with a proven owner: 250 MB of disk")] = 2_000_000
+    message_ttl_s: Annotated[int, Meaning("seconds that a message is kept", 1)] = 3_600
+    question_ttl_s: Annotated[int, Meaning("seconds that a question is good for", 2)] = 60
+    box_ttl_s: Annotated[int, Meaning("seconds that a proven box is kept after its last check", 1)] = 30 * 86_400
+
+
+def meanings() -> dict[str, Meaning]:
+    """Return the meaning of each limit by its name, in the order of Limits."""
+    return {name: hint.__metadata__[0] for name, hint in get_type_hints(Limits, include_extras=True).items()}
 
 
 class Quota(NamedTuple):
@@ -644,15 +648,11 @@ _MEANINGS = {
 _FULL_CODES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
 
 
-@dataclass
 class _RelayRow:
     """The row `relay` in a write: the jobs change it, and it is written back at the end."""
 
-    time_us: int
-    last_at: int
-    bytes: int
-    boxes: int
-    messages: int
+    def __init__(self, time_us: int, last_at: int, size: int, boxes: int, messages: int) -> None:
+        self.time_us, self.last_at, self.bytes, self.boxes, self.messages = time_us, last_at, size, boxes, messages
 
 
 class _OfThread(threading.local):
@@ -1887,7 +1887,7 @@ class Relay:
 
     def document(self) -> dict[str, Any]:
         """Return what apps and people may know of this relay. PROTOCOL.md, "HTTP"."""
-        limits = asdict(self.limits)
+        limits = self.limits._asdict()
         retention = {name: limits.pop(f"{name}_ttl_s") for name in ("message", "question", "box")}
         if self.access.public and self.access.public.message_ttl_s:
             retention["message"] = self.access.public.message_ttl_s
@@ -1923,7 +1923,7 @@ class Relay:
         if stored := self.stored():
             gauges |= {"messages": stored.messages, "message_bytes": stored.bytes, "boxes": stored.boxes}
         samples |= {(f"connectoid_{name}", ""): int(number) for name, number in gauges.items()}
-        samples |= {("connectoid_limit", name): number for name, number in asdict(self.limits).items()}
+        samples |= {("connectoid_limit", name): number for name, number in self.limits._asdict().items()}
         samples["connectoid_info", __version__] = 1
         return samples
 
@@ -3160,10 +3160,9 @@ def build_parser(prog: str = "connectoid_relay.py") -> argparse.ArgumentParser:
     parser.add_argument("--notice", metavar="TEXT", type=_text, help="what apps and people shall know at present")
     parser.add_argument("--price-url", metavar="URL", type=_web_address, help="where it says what the relay costs")
     parser.add_argument("--log-ips", action="store_true", help="name sources in the log")
-    for limit in fields(Limits):
-        parser.add_argument(flag_of(limit.name), dest=limit.name, metavar="N", default=limit.default,
-                            type=_whole_number(limit.metadata["minimum"]),
-                            help=f"{limit.metadata['meaning']} (default: {limit.default})")
+    for name, (meaning, minimum) in meanings().items():
+        parser.add_argument(flag_of(name), dest=name, metavar="N", default=getattr(Limits(), name),
+                            type=_whole_number(minimum), help=f"{meaning} (default: %(default)s)")
     return parser
 
 
@@ -3285,7 +3284,7 @@ def serve(arguments: argparse.Namespace, make_relay: Callable[..., Relay] = open
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
     if remote and (arguments.udp or arguments.stun):
         raise SettingError("--udp and --stun are for a relay whose store is a file of its own; leave them out")
-    limits = Limits(**{limit.name: getattr(arguments, limit.name) for limit in fields(Limits)})
+    limits = Limits(*(getattr(arguments, name) for name in Limits._fields))
     about = About(arguments.name, arguments.contact, arguments.notice, arguments.price_url)
     (access, tls), sockets = read_settings(arguments), inherited_sockets()
     if len(sockets) == 1 and (arguments.udp or arguments.stun):

@@ -1431,7 +1431,7 @@ def test_dashboard_and_rules_know_all_metrics_and_no_others() -> None:
     named = set(re.findall(r"connectoid_\w+", " ".join([*queries().values(), RULES])))
     assert named == set(METRICS)
     limits = set(re.findall(r'limit="(\w+)"', " ".join([*queries().values(), RULES])))
-    assert limits <= set(Limits.__dataclass_fields__)
+    assert limits <= set(Limits._fields)
     errors = set(re.findall(r'error="([^"]+)"', " ".join([*queries().values(), RULES])))
     assert errors <= set(METRICS["connectoid_refusals_total"].values)
 

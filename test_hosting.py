@@ -1040,7 +1040,7 @@ def test_metrics_count_what_was_asked(make: Make, clock: FakeClock, alice: Owner
         ("connectoid_boxes", ""): 1, ("connectoid_healthy", ""): 1, ("connectoid_uptime_seconds", ""): 50,
         ("connectoid_connections", ""): 1, ("connectoid_waiting_boxes", ""): 0,
         ("connectoid_queued_requests", ""): 0, ("connectoid_info", __version__): 1,
-        **{("connectoid_limit", name): number for name, number in vars(Limits()).items()},
+        **{("connectoid_limit", name): number for name, number in Limits()._asdict().items()},
     }
 
 

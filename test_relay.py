@@ -33,7 +33,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -109,6 +108,7 @@ from connectoid_relay import (
     build_parser,
     encode_base64url,
     flag_of,
+    meanings,
     read_access,
     source_of,
 )
@@ -1522,7 +1522,7 @@ def test_document_has_all_members_and_the_limits_in_force(make: Make) -> None:
     assert document.keys() == {"name", "description", "software", "version", "contact", "limits", "retention", "udp",
                                "stun", "notice", "price_url"}
     retention = {f"{name}_ttl_s": seconds for name, seconds in document["retention"].items()}
-    assert document["limits"] | retention == asdict(Limits(rate=7, message_ttl_s=100))
+    assert document["limits"] | retention == Limits(rate=7, message_ttl_s=100)._asdict()
     assert document["retention"] == {"message": 100, "question": 60, "box": 30 * 86_400}
     assert (document["software"], document["udp"], document["stun"]) == ("connectoid_relay", False, False)
     json.dumps(document, allow_nan=False)
@@ -4113,7 +4113,7 @@ def test_file_held_by_a_stuck_process_is_busy_and_can_be_left(tmp_path: Path, cl
 
 FLAGS = ["--version", "--help", "--host", "--port", "--db", "--sync", "--udp", "--stun", "--tls-cert", "--tls-key",
          "--keys", "--deny", "--trusted-proxy", "--name", "--contact", "--notice", "--price-url", "--log-ips",
-         *(flag_of(limit.name) for limit in fields(Limits))]
+         *map(flag_of, Limits._fields)]
 
 
 def document_of(port: int) -> dict[str, Any]:
@@ -4248,7 +4248,7 @@ def test_database_stands_where_the_flag_or_the_state_directory_says(
 
 
 def test_every_limit_is_a_flag_and_shows_in_the_document(start: Callable[..., Process]) -> None:
-    given = {limit.name: getattr(Limits(), limit.name) + 1 for limit in fields(Limits)}
+    given = {name: default + 1 for name, default in Limits()._asdict().items()}
     flags = itertools.chain(*((flag_of(name), str(number)) for name, number in given.items()))
     document = document_of(start("--db", ":memory:", *flags).port)
     retention = {name: given.pop(f"{name}_ttl_s") for name in ("message", "question", "box")}
@@ -4260,7 +4260,7 @@ def test_every_limit_is_a_flag_and_shows_in_the_document(start: Callable[..., Pr
 def test_limits_default_to_what_the_class_says(start: Callable[..., Process]) -> None:
     document = document_of(start("--db", ":memory:").port)
     named = {f"{name}_ttl_s": seconds for name, seconds in document["retention"].items()}
-    assert document["limits"] | named == asdict(Limits())
+    assert document["limits"] | named == Limits()._asdict()
 
 
 def misbehave(port: int, owner: Owner) -> list[str]:
@@ -4378,7 +4378,7 @@ def test_error_table_is_that_of_the_code() -> None:
 def test_limits_table_is_that_of_the_code() -> None:
     rows = [(name.strip("`"), int(default.replace(",", "")), meaning)
             for name, default, meaning in read_table("PROTOCOL.md", "## Limits")]
-    assert rows == [(limit.name, limit.default, limit.metadata["meaning"]) for limit in fields(Limits)]
+    assert rows == [(name, getattr(Limits(), name), text) for name, (text, _) in meanings().items()]
 
 
 def test_forms_table_is_that_of_the_code() -> None:

@@ -163,7 +163,7 @@ def relay_module() -> Any:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
+    sys.modules[spec.name] = module  # type hints are looked up there
     spec.loader.exec_module(module)
     return module
 

@@ -15,7 +15,6 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any, NoReturn
 
 from dynamodb_store import DynamoDbStore, check_limits, make_client
@@ -92,7 +91,7 @@ def prepare(environ: Mapping[str, str], client: Any = None,
     table, arguments = environ.get(TABLE, ""), read_flags(environ.get(FLAGS, ""))
     if not table:
         raise SettingError(f"set {TABLE} to the name of the table")
-    limits = Limits(**{limit.name: getattr(arguments, limit.name) for limit in fields(Limits)})
+    limits = Limits(*(getattr(arguments, name) for name in Limits._fields))
     check_limits(limits)
     about = About(arguments.name, arguments.contact, arguments.notice, arguments.price_url)
     access = read_access(arguments.keys, arguments.deny)
