@@ -95,6 +95,7 @@ SOURCE_KEY_BYTES = 32  # of the key under which sources are hashed for a day
 SOURCE_SHARE = 8  # one source holds at most 1/8 of a box: a crowd is needed to fill it
 MIN_COUNTED_BYTES = 512  # a small message costs this much in rows and indexes all the same
 MAX_SOURCES = 100_000  # known to a rate limit at once (20 MB); further ones share one count
+MAX_SEEN_WRITES = 200  # boxes whose last check a sweep writes: across a network each takes milliseconds
 MAX_SEEN_BOXES = 10_000  # whose last check is not yet written; further ones wait for their next
 PROBE_EVERY_US = 5_000_000  # /health asks the store no more often than this
 SWEEPER_LATE_US = 60_000_000  # after so long without a sweep /health says so
@@ -1236,12 +1237,16 @@ class DailyRequests:
         with self._lock:
             day, new = self._day, +self._new
         today = now_us // DAY_US
-        if new and day == today:  # what is left of yesterday would count for today
-            store.spend(new, now_us)
+        for name, count in new.items() if day == today else ():  # what is left of yesterday would count for today
+            store.spend({name: count}, now_us)
+            with self._lock:  # at once: if the next name fails, this one must not be told again
+                if self._day == day:
+                    self._known[name] = self._known.get(name, 0) + count
+                    self._new[name] -= count
         known = store.spent(now_us)
         with self._lock:
-            if self._day == day:
-                self._day, self._known, self._new = today, known, self._new - new
+            if self._day == day != today:
+                self._day, self._known, self._new = today, known, collections.Counter()
             elif self._day == today:
                 self._known = known
 
@@ -1723,16 +1728,20 @@ class Relay:
         now_us = self.now_us()
         found, expires_us = self.store.look(box, at_us, now_us)
         if expires_us is not None and len(self._seen_us) < MAX_SEEN_BOXES:
-            kept_until_us = self._box_expiry_us(now_us)
+            kept_until_us = self._box_expiry_us(box, now_us)
             if kept_until_us > expires_us:
                 self._seen_us[box] = kept_until_us
         return found
 
-    def _box_expiry_us(self, now_us: int) -> int:
-        """Return until when a box checked now is kept: the same all day, to write once a day."""
+    def _box_expiry_us(self, box: bytes, now_us: int) -> int:
+        """Return until when a box checked now is kept: the same for a day, to write once a day.
+
+        Each box has a midnight of its own, so that they are not all written at the same time.
+        """
         ttl_us = self.limits.box_ttl_s * SECOND_US
         step_us = min(DAY_US, ttl_us // 30)
-        return (now_us // step_us + 1) * step_us + ttl_us
+        shift_us = int.from_bytes(box[-8:], "big") % step_us
+        return ((now_us + shift_us) // step_us + 1) * step_us - shift_us + ttl_us
 
     def _ask(self, box: bytes, source: str) -> Reply:
         """Return the young question of a box, or make one."""
@@ -1783,7 +1792,7 @@ class Relay:
         """Make the box row of an owner who has just answered; without one life goes on."""
         now_us = self.now_us()
         if self.store.look(box, at_us, now_us).box_expires_us is None:
-            expiry_us = {box: self._box_expiry_us(now_us)}
+            expiry_us = {box: self._box_expiry_us(box, now_us)}
             with contextlib.suppress(StoreError):
                 self.store.keep_boxes(expiry_us, now_us, room_for=self.limits.max_boxes, soon=True)
 
@@ -1847,21 +1856,24 @@ class Relay:
                                if name == "connectoid_requests_total"), now_us)
         # Another process may have a clock that is ahead: without this ours would stand still.
         self._base_us += max(0, self.store.time_us() - now_us)
+        more_seen = False
         try:
-            self._write_seen()
+            more_seen = self._write_seen()
         finally:
             more = self.store.sweep(self.now_us())
             self._swept_us = self.now_us()
-        return more
+        return more or more_seen
 
-    def _write_seen(self) -> None:
+    def _write_seen(self) -> bool:
+        """Write down some of those who were seen, and return whether there may be more."""
         self._daily.share(self.store, self.now_us())
-        seen_us = dict(self._seen_us)
+        seen_us = dict(itertools.islice(self._seen_us.copy().items(), MAX_SEEN_WRITES))
         if seen_us:
             self.store.keep_boxes(seen_us, self.now_us())
         for box, until_us in seen_us.items():
             if self._seen_us.get(box) == until_us:  # else it was checked again meanwhile, on another day
                 del self._seen_us[box]
+        return len(seen_us) == MAX_SEEN_WRITES
 
     def ill(self) -> str:
         """Return why the relay is not well, or nothing: a real write and read, seldom; may block."""

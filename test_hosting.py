@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import html
 import ipaddress
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -302,6 +303,41 @@ def test_requests_per_day_count_every_action_of_every_source(make: Make, alice: 
 def test_forbidden_requests_count_against_no_quota(make: Make, alice: Owner) -> None:
     relay = make(alices(requests_per_day=1))
     assert ask(relay, check(alice, ext="wrong"), check(alice), check(alice, ext=KEY)) == [FORBIDDEN] * 2 + [NOTHING]
+
+
+def test_requests_per_day_are_told_once_though_another_key_cannot_be_told(make: Make, alice: Owner) -> None:
+    """A store that refuses one name must not have the others counted again with each sweep."""
+    store = SqliteStore(":memory:")
+    told = collections.Counter[str]()
+    failing = {"keys.bob"}
+
+    class Choosy:
+        """A store that cannot count for one key."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def spend(self, requests: Mapping[str, int], now_us: int) -> None:
+            if failing & requests.keys():
+                raise StoreError("throttled")
+            told.update(requests)
+            store.spend(requests, now_us)
+
+    relay = make(Access({KEY: Quota("keys.alice", requests_per_day=9), OTHER_KEY: Quota("keys.bob")}),
+                 store=cast(Store, Choosy()))
+    for key in (KEY, OTHER_KEY):
+        relay.handle(check(alice, ext=key), SOURCE)
+    for _ in range(3):
+        with contextlib.suppress(StoreError):
+            relay.sweep()
+    assert told == {"keys.alice": 1}
+    failing.clear()
+    relay.sweep()
+    relay.sweep()
+    assert told == {"keys.alice": 1, "keys.bob": 1}
+    for _ in range(9):
+        reply = relay.handle(check(alice, ext=KEY), SOURCE)
+    assert refused(reply)[:2] == (429, "Too often")
 
 
 def test_requests_per_day_hold_without_rates_too(make: Make, alice: Owner) -> None:

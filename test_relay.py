@@ -78,6 +78,7 @@ from connectoid_relay import (
     MAX_EXT_CHARS,
     MAX_RECEIVE_CHARS,
     MAX_RECEIVE_MESSAGES,
+    MAX_SEEN_WRITES,
     MAX_SOURCES,
     MAX_WAIT_S,
     METRICS,
@@ -1372,6 +1373,45 @@ def test_max_boxes_limits_rows_and_nothing_else(make: Make, clock: FakeClock) ->
     relay.sweep()
     prove(relay, OWNERS[2])
     assert [box_expiry(relay, owner) is not None for owner in OWNERS[:3]] == [False, False, True]
+
+
+def pub_of(number: int) -> str:
+    """Return the mailbox as clients name it."""
+    return encode_base64url(box_of(number))
+
+
+@pytest.mark.parametrize(("seen", "more"), [
+    (MAX_SEEN_WRITES - 1, False), (MAX_SEEN_WRITES, True), (MAX_SEEN_WRITES + 1, True)])
+def test_sweep_writes_down_so_many_boxes_at_a_time(make: Make, clock: FakeClock, seen: int, more: bool) -> None:
+    relay = make(rate=0, max_boxes=seen)
+    before_us = clock.wall_us + HOUR_US
+    relay.store.keep_boxes({box_of(number): before_us for number in range(seen)}, clock.wall_us, seen)
+    for number in range(seen):
+        relay.handle({"pub": pub_of(number), "action": "check"}, HOME)
+
+    def written() -> int:
+        return sum(relay.store.look(box_of(number), 0, clock.wall_us).box_expires_us != before_us
+                   for number in range(seen))
+
+    assert relay.sweep() is more
+    assert written() == min(seen, MAX_SEEN_WRITES)
+    assert relay.sweep() is False
+    assert written() == seen
+
+
+def test_box_rows_are_not_all_raised_at_the_same_time_of_day(make: Make, clock: FakeClock) -> None:
+    """Else a relay with many of them would have all the day's writes at midnight."""
+    relay = make()
+    boxes = [b"\2" + hashlib.sha384(b"%d" % number).digest() for number in range(240)]
+    relay.store.keep_boxes(dict.fromkeys(boxes, clock.wall_us + HOUR_US), clock.wall_us, len(boxes))
+    for box in boxes:
+        relay.handle({"pub": encode_base64url(box), "action": "check"}, HOME)
+    while relay.sweep():
+        pass
+    expiries_us = [relay.store.look(box, 0, clock.wall_us).box_expires_us or 0 for box in boxes]
+    hours = collections.Counter(expiry_us % DAY_US // HOUR_US for expiry_us in expiries_us)
+    assert len(hours) == 24
+    assert max(hours.values()) < 40
 
 
 def test_close_writes_down_seen_boxes(clock: FakeClock, folder: Path, alice: Owner) -> None:
