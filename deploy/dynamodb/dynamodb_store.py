@@ -36,6 +36,7 @@ __all__ = ["DynamoDbStore", "SharedRateLimit", "bucket_width_us", "check_limits"
 
 import collections
 import contextlib
+import email.utils
 import hashlib
 import re
 import secrets
@@ -43,7 +44,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import boto3
 from botocore.config import Config
@@ -57,6 +58,7 @@ from connectoid_relay import (
     POOL_THREADS,
     SECOND_US,
     SOURCE_KEY_BYTES,
+    YEAR_2200_US,
     Limits,
     Look,
     Message,
@@ -77,8 +79,8 @@ from connectoid_relay import (
 
 MAX_BOX_ENTRIES = 4_096  # in a box's index: 208 KiB, and an item may have 400
 CONNECT_TIMEOUT_S = 1.0  # a healthy engine takes milliseconds
-READ_TIMEOUT_S = 2.0  # the same
-ATTEMPTS = 3  # of a call, the first one included, with a pause that doubles and has jitter
+READ_TIMEOUT_S = 1.0  # the same; Lambda's first event may make 22 calls within its 30 s
+ATTEMPTS = 2  # of a call, the first one included
 SPARE_CONNECTIONS = 4  # beside one for each thread of the pool: the sweeper, the follower, the constructor
 RETRY_AFTER_S = 1.0  # an engine in trouble is asked by one call a second; all others fail at once
 MAX_TRIES = 30  # to write what others write at the same time: somebody wins each time
@@ -97,7 +99,10 @@ ARRIVALS_OVERLAP_US = 10 * SECOND_US  # looked at again: as late as a relay may 
 ARRIVALS_KEPT_US = 2 * MINUTE_US  # in memory: far longer than a front takes between two looks
 MAX_ARRIVALS = 100_000  # in memory (20 MB): what is forgotten is found by the next check
 ARRIVALS_PAGES = 8  # of 1 MiB, read at a time
-LEASE_PARTS = 8  # a relay takes an eighth of a rate limit at a time: few writes, and little lies idle elsewhere
+FIRST_LEASE_PARTS = 64  # a relay takes this part of a rate limit at first: as many relays get some of it
+LEASE_PARTS = 8  # and an eighth at a time at last: few writes, and little lies idle elsewhere
+MAX_CLOCK_GAP_S = 300  # between our clock and the engine's, or the table's time: AWS refuses signatures beyond it
+MAX_CODE_CHARS = 64  # of an engine's word for an error, in the log: the longest of AWS has 38
 
 UNLIMITED = 10**15  # of whatever is counted
 
@@ -117,10 +122,19 @@ _MEANINGS = {
                      "UnrecognizedClientException"), _DENIED),
     **dict.fromkeys(("NoCredentialsError", "PartialCredentialsError"),
                     "needs credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"),
+    "HTTPClientError": "cannot be asked; look for line breaks in the credentials, and at --endpoint-url",
     **dict.fromkeys(("ProvisionedThroughputExceededException", "RequestLimitExceeded", "ThrottlingException"),
                     _THROTTLED),
 }
 _SILENT = "does not answer; look at the network and at --endpoint-url"
+_FOREIGN = "cannot be used: what answers at --endpoint-url does not speak DynamoDB, or others write to the table"
+_NO_ADDRESS = "--endpoint-url is no web address; write http://HOST:PORT"  # which may hold a password
+# What botocore may find wrong before any call.
+_WRONG_SETTINGS = {
+    "InvalidRegionError": "--region, or AWS_DEFAULT_REGION, is no name of a region",
+    "PartialCredentialsError": "half of the credentials is missing; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "ProfileNotFound": "AWS_PROFILE names a profile that is not there",
+}
 
 
 def make_client(*, region: str | None = None, endpoint_url: str | None = None, threads: int = POOL_THREADS) -> Any:
@@ -128,25 +142,31 @@ def make_client(*, region: str | None = None, endpoint_url: str | None = None, t
     config = Config(connect_timeout=CONNECT_TIMEOUT_S, read_timeout=READ_TIMEOUT_S,
                     retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
                     max_pool_connections=threads + SPARE_CONNECTIONS)
-    session = boto3.session.Session()
-    if not (region := region or session.region_name):
-        raise SettingError("no region is known; name one with --region or AWS_DEFAULT_REGION")
+    if endpoint_url and not re.match("https?://.", endpoint_url):
+        raise SettingError(_NO_ADDRESS)
     try:
+        session = boto3.session.Session()
+        if not (region := region or session.region_name):
+            raise SettingError("no region is known; name one with --region or AWS_DEFAULT_REGION")
         return session.client("dynamodb", region_name=region, endpoint_url=endpoint_url, config=config)
+    except BotoCoreError as error:
+        code = code_of(error)
+        raise SettingError(_WRONG_SETTINGS.get(code, f"the settings for AWS cannot be used ({code})")) from None
     except ValueError:
-        raise SettingError(f"--endpoint-url {endpoint_url} is no web address; write http://HOST:PORT") from None
+        raise SettingError(_NO_ADDRESS) from None
 
 
 def code_of(error: Exception) -> str:
-    """Return the engine's word for an error, or botocore's own."""
+    """Return the engine's word for an error, or the name of its class, fit for a log."""
     answered = error.response.get("Error", {}) if isinstance(error, ClientError) else {}
-    return str(answered.get("Code", type(error).__name__))
+    return re.sub(r"\W", "", str(answered.get("Code", type(error).__name__)))[:MAX_CODE_CHARS]
 
 
 def _explain(table_name: str, error: Exception) -> StoreError:
-    """Return an error of botocore as one of ours, with its meaning and without what was in the call."""
+    """Return an error as one of ours, with its meaning and without what was in the call."""
     code = code_of(error)
-    meaning = _MEANINGS.get(code, "cannot be used" if isinstance(error, ClientError) else _SILENT)
+    meaning = _MEANINGS.get(code, "cannot be used" if isinstance(error, ClientError) else
+                            _SILENT if isinstance(error, BotoCoreError) else _FOREIGN)
     return StoreError(f"the table {table_name} {meaning} ({code})")
 
 
@@ -157,20 +177,36 @@ def create_table(client: Any, table_name: str) -> bool:
     """
     keys = (("pk", "HASH"), ("sk", "RANGE"))
     try:
-        with contextlib.suppress(client.exceptions.ResourceInUseException):
-            client.create_table(
-                TableName=table_name, BillingMode="PAY_PER_REQUEST",
-                KeySchema=[{"AttributeName": name, "KeyType": kind} for name, kind in keys],
-                AttributeDefinitions=[{"AttributeName": name, "AttributeType": "B"} for name, _ in keys])
+        if not _exists(client, table_name):
+            with contextlib.suppress(client.exceptions.ResourceInUseException):  # another one is making it
+                client.create_table(
+                    TableName=table_name, BillingMode="PAY_PER_REQUEST",
+                    KeySchema=[{"AttributeName": name, "KeyType": kind} for name, kind in keys],
+                    AttributeDefinitions=[{"AttributeName": name, "AttributeType": "B"} for name, _ in keys])
         client.get_waiter("table_exists").wait(TableName=table_name, WaiterConfig={"Delay": 0.2, "MaxAttempts": 300})
-    except (BotoCoreError, ClientError) as error:
+        return _have_expired_deleted(client, table_name)
+    except Exception as error:  # not of botocore if what answers is no engine
         raise _explain(table_name, error) from None
+
+
+def _exists(client: Any, table_name: str) -> bool:
+    try:
+        client.describe_table(TableName=table_name)
+    except client.exceptions.ResourceNotFoundException:
+        return False
+    return True
+
+
+def _have_expired_deleted(client: Any, table_name: str) -> bool:
+    """Return False if the engine knows no TTL."""
     try:
         status = client.describe_time_to_live(TableName=table_name)["TimeToLiveDescription"]["TimeToLiveStatus"]
         if status == "DISABLED":
             client.update_time_to_live(TableName=table_name,
                                        TimeToLiveSpecification={"Enabled": True, "AttributeName": "ttl"})
-    except ClientError:
+    except ClientError as error:
+        if _MEANINGS.get(code_of(error)) in (_DENIED, _THROTTLED):
+            raise
         return False
     return True
 
@@ -188,6 +224,7 @@ def check_limits(limits: Limits) -> None:
 
 Item: TypeAlias = dict[str, Any]
 Key: TypeAlias = tuple[bytes, bytes]
+_T = TypeVar("_T")
 _TYPES: Mapping[type, str] = {bytes: "B", int: "N", str: "S"}
 _NAME = re.compile(r"#(\w+)")
 
@@ -213,6 +250,17 @@ def _expression(values: Mapping[str, Any], **expressions: str) -> dict[str, Any]
     return {name: parameter for name, parameter in parameters.items() if parameter}
 
 
+def _date_of(reply: Mapping[str, Any]) -> str:
+    """Return the engine's date, empty if it tells none; raise ValueError or KeyError if this is not an engine's reply.
+
+    Else an empty 200 or a page of a proxy would be taken for a write that was done, or an item that is not there.
+    """
+    headers = reply["ResponseMetadata"]["HTTPHeaders"]
+    if not headers.get("content-type", "").startswith("application/x-amz-json") or headers.get("content-length") == "0":
+        raise ValueError
+    return str(headers.get("date", ""))
+
+
 class Table:
     """Read and write the items of a table; raises StoreError and nothing else.
 
@@ -225,9 +273,10 @@ class Table:
         self._name, self._client = name, client
         self.closed = threading.Event()
         self._troubles: dict[bool, tuple[str, float]] = {}  # of reads and writes: what is told, until when
+        self.date = ""  # of the engine, in its last reply
 
-    def _call(self, operation: str, **parameters: Any) -> Any:
-        """Return the engine's reply; None if a condition does not hold."""
+    def _call(self, operation: str, decode: Callable[[Any], _T], **parameters: Any) -> _T | None:
+        """Return what the engine's reply says; None if a condition does not hold."""
         if self.closed.is_set():
             raise StoreError(f"the table {self._name} is closed")
         writes = operation in ("put_item", "update_item")
@@ -238,35 +287,36 @@ class Table:
             self._troubles[writes] = trouble, time.monotonic() + RETRY_AFTER_S
         try:
             reply = getattr(self._client, operation)(**parameters)
-        except (BotoCoreError, ClientError) as error:
+            self.date = _date_of(reply)
+            result = decode(reply)
+        except Exception as error:  # not of botocore if what answers is no engine
             code = code_of(error)
             if code != _REFUSED_CODE:
                 told = _explain(self._name, error)
-                if isinstance(error, BotoCoreError) or _MEANINGS.get(code) == _THROTTLED:
+                if not isinstance(error, ClientError) or _MEANINGS.get(code) == _THROTTLED:
                     self._troubles[writes] = str(told), time.monotonic() + RETRY_AFTER_S
                 raise told from None
-            reply = None
+            result = None
         self._troubles.pop(writes, None)
-        return reply
+        return result
 
     def read(self, key: Key) -> Item:
         """Return an item as it is now, empty if there is none."""
-        reply = self._call("get_item", TableName=self._name, Key=_encode_key(key), ConsistentRead=True)
-        return _decode(reply.get("Item", {}))
+        return self._call("get_item", lambda reply: _decode(reply.get("Item", {})), TableName=self._name,
+                          Key=_encode_key(key), ConsistentRead=True) or {}
 
     def write(self, key: Key, item: Mapping[str, Any], condition: str = "", **values: Any) -> bool:
         """Write a whole item if the condition holds; return whether it did."""
         return self._call(
-            "put_item", TableName=self._name, Item=_encode_key(key) | {
+            "put_item", bool, TableName=self._name, Item=_encode_key(key) | {
                 name: _encode(value) for name, value in item.items()},
             **_expression(values, ConditionExpression=condition)) is not None
 
     def update(self, key: Key, change: str, condition: str = "", **values: Any) -> Item | None:
         """Change an item, which need not exist, if the condition holds; return what has changed, else None."""
-        reply = self._call(
-            "update_item", TableName=self._name, Key=_encode_key(key), ReturnValues="UPDATED_NEW",
-            **_expression(values, UpdateExpression=change, ConditionExpression=condition))
-        return None if reply is None else _decode(reply.get("Attributes", {}))
+        return self._call(
+            "update_item", lambda reply: _decode(reply["Attributes"]), TableName=self._name, Key=_encode_key(key),
+            ReturnValues="UPDATED_NEW", **_expression(values, UpdateExpression=change, ConditionExpression=condition))
 
     def query(self, pk: bytes, after: bytes, *, pages: int, consistent: bool) -> list[Item]:
         """Return the items of a partition after a sort key, in their order, from so many pages of 1 MiB at most."""
@@ -274,13 +324,13 @@ class Table:
         items: list[Item] = []
         start: dict[str, Any] = {}
         for _ in range(pages):
-            reply = self._call("query", TableName=self._name, ConsistentRead=consistent, **condition, **start)
-            if "Items" not in reply:  # whatever this is, its empty replies to writes mean nothing
-                raise StoreError(f"the table {self._name} cannot be used: --endpoint-url does not speak DynamoDB")
-            items += [_decode(item) for item in reply["Items"]]
-            if "LastEvaluatedKey" not in reply:
+            found, last_key = self._call(
+                "query", lambda reply: ([*map(_decode, reply["Items"])], reply.get("LastEvaluatedKey")),
+                TableName=self._name, ConsistentRead=consistent, **condition, **start) or ([], None)
+            items += found
+            if not last_key:
                 break
-            start = {"ExclusiveStartKey": reply["LastEvaluatedKey"]}
+            start = {"ExclusiveStartKey": last_key}
         return items
 
     def read_many(self, keys: Sequence[Key]) -> list[Item]:
@@ -290,11 +340,15 @@ class Table:
         for attempt in range(MAX_BATCH_TRIES):
             if attempt:
                 self.closed.wait(BATCH_PAUSE_S * 2 ** (attempt - 1))
-            reply = self._call("batch_get_item", RequestItems=request)
-            items += map(_decode, reply["Responses"].get(self._name, ()))
-            if not (request := reply.get("UnprocessedKeys") or {}):
+            found, request = self._call("batch_get_item", self._decode_batch, RequestItems=request) or ([], {})
+            items += found
+            if not request:
                 return items
         raise StoreError(f"the table {self._name} {_THROTTLED}")
+
+    def _decode_batch(self, reply: Mapping[str, Any]) -> tuple[list[Item], Mapping[str, Any]]:
+        """Return what was found, and what to ask for again."""
+        return [*map(_decode, reply["Responses"].get(self._name, ()))], reply.get("UnprocessedKeys") or {}
 
 
 # ---------------------------------------------------------------------------------------
@@ -380,6 +434,7 @@ class Totals:
 
 _ENTRY = struct.Struct(">QQI16s16s")
 ID_BYTES = 16  # random
+VERSION_BYTES = 8  # random
 
 
 class Entry(NamedTuple):
@@ -393,7 +448,11 @@ class Entry(NamedTuple):
 
 
 class Box(NamedTuple):
-    """A box as one of its versions shows it; one that does not exist has version 0."""
+    """A box as one of its versions shows it; one that does not exist has version 0.
+
+    Versions are random. If they were counted, that of a box which the engine has deleted would
+    come again, and a writer that slept meanwhile would write over what others have put there.
+    """
 
     version: int = 0
     last_at: int = 0
@@ -407,11 +466,14 @@ class Box(NamedTuple):
 
 
 def read_box_item(item: Item) -> Box:
-    """Return the box that an item holds."""
+    """Return the box that an item holds; raise StoreError."""
     if not item:
         return Box()
-    return Box(item["version"], item["last_at"], item["kept_until_us"],
-               tuple(map(Entry._make, _ENTRY.iter_unpack(item["entries"]))))
+    try:
+        return Box(item["version"], item["last_at"], item["kept_until_us"],
+                   tuple(map(Entry._make, _ENTRY.iter_unpack(item["entries"]))))
+    except (KeyError, TypeError, struct.error):
+        raise StoreError("a box in the table is none of ours; others write to the table") from None
 
 
 def box_item(box: Box) -> Item:
@@ -489,7 +551,8 @@ class ArrivalLog:
 class SharedRateLimit:
     """Count what each key takes in a span of time, together with all other relays on the table.
 
-    A relay leases an eighth of the limit at a time, so that most requests cost no write. The
+    A relay leases a small part of the limit at first, then as much again as it has, up to an
+    eighth of the limit: so that most requests cost no write, and many relays get a part. The
     sum is never over the limit; what is leased and not used may leave it lower. As
     connectoid_relay.RateLimit otherwise. Keys stand in the table as keyed hashes.
     """
@@ -499,6 +562,7 @@ class SharedRateLimit:
         self._store, self._name, self._span_us = store, name, span_us
         self._lock = threading.Lock()
         self._span = 0
+        self._leased: dict[Hashable, int] = {}  # in this span
         self._left: dict[Hashable, int] = {}  # leased and not taken
         self._refused: dict[Hashable, int] = {}  # what was too much: in this span it stays so
 
@@ -518,7 +582,7 @@ class SharedRateLimit:
         """Start again with a new span; return under which key this one counts."""
         with self._lock:
             if span != self._span:
-                self._span, self._left, self._refused = span, {}, {}
+                self._span, self._leased, self._left, self._refused = span, {}, {}, {}
             crowded = len(self._left) + len(self._refused) >= MAX_SOURCES
             return None if crowded and key not in self._left and key not in self._refused else key
 
@@ -536,11 +600,14 @@ class SharedRateLimit:
 
     def _lease(self, key: Hashable, span: int, missing: int) -> bool:
         """Lease what is missing, and more if there is; return whether that was to be had."""
-        for amount in dict.fromkeys((max(missing, self.limit // LEASE_PARTS), missing)):
+        leased = self._leased.get(key, 0)
+        more = min(max(self.limit // FIRST_LEASE_PARTS, leased), self.limit // LEASE_PARTS, self.limit - leased)
+        for amount in dict.fromkeys((max(missing, more), missing)):
             if self._store.lease((self._name, span, key), amount, self.limit, (span + 1) * self._span_us):
                 with self._lock:
                     if span == self._span:  # else it is lost
-                        self._left[key] = self._left.get(key, 0) + amount
+                        for count in (self._leased, self._left):
+                            count[key] = count.get(key, 0) + amount
                 return True
         with self._lock:
             self._refused[key] = missing
@@ -603,7 +670,9 @@ class DynamoDbStore:
     # Time
 
     def _learn(self, item: Item) -> None:
-        """Take in what the item of the relay says."""
+        """Take in what the item of the relay says; raise StoreError for a time that nobody would get away from."""
+        if max(item.get("time_us", 0), item.get("last_at", 0)) >= YEAR_2200_US:
+            raise StoreError("the table's time is past the year 2200; set all relays' clocks, and make another table")
         self._time_us = max(self._time_us, item.get("time_us", 0))
         self._last_at = max(self._last_at, item.get("last_at", 0))
 
@@ -616,6 +685,19 @@ class DynamoDbStore:
         item = self._totals.read()
         self._learn(item)
         return max(int(item.get("time_us", 0)), int(item.get("last_at", 0)))
+
+    def check_clock(self, wall_us: int) -> None:
+        """Raise StoreError if our clock is not the engine's; warn if the table's time is ahead of ours.
+
+        All relays take the table's time where theirs is behind: one clock that is ahead makes messages expire early.
+        """
+        with contextlib.suppress(TypeError, ValueError):  # of an engine that tells no date
+            engine_s = email.utils.parsedate_to_datetime(self._table.date).timestamp()
+            if abs(wall_us // SECOND_US - engine_s) > MAX_CLOCK_GAP_S:
+                raise StoreError("our clock and that of the table's engine differ by more than 5 minutes; set them")
+        if max(self._time_us, self._last_at) > wall_us + MAX_CLOCK_GAP_S * SECOND_US:
+            log.warning("connectoid relay: the table's time is more than 5 minutes ahead of our clock: was another"
+                        " relay's wrong? All relays use the table's; a table made anew would begin again")
 
     def _raise_time(self, now_us: int, step_us: int = 0) -> bool:
         """Raise the table's time, unless it is known to be about there; return whether that took a write."""
@@ -639,7 +721,8 @@ class DynamoDbStore:
         """Write the next version of a box; return False if there is another meanwhile."""
         condition, values = ("#version = :seen", {"seen": seen.version}) if seen.version else (
             "attribute_not_exists(#pk)", {})
-        return self._table.write((name, b"box"), box_item(box._replace(version=seen.version + 1)), condition, **values)
+        version = 1 + int.from_bytes(self._random_bytes(VERSION_BYTES))
+        return self._table.write((name, b"box"), box_item(box._replace(version=version)), condition, **values)
 
     def put(self, message: Message, limits: Limits, now_us: int) -> int:
         """Keep a message durably and return its `at`; raise NoRoom."""
@@ -655,7 +738,7 @@ class DynamoDbStore:
                 entry = self._commit(message, limits, box, entry)
             except NoRoom:
                 raise
-            except StoreError:
+            except Exception:
                 undo.pop_all()  # it may have been kept: its place ends by itself
                 raise
             undo.pop_all()
@@ -840,15 +923,17 @@ class DynamoDbStore:
                 self._keep_box(box, expires_us, now_us, room_for)
 
     def _keep_box(self, name: bytes, expires_us: int, now_us: int, room_for: int) -> None:
+        seen = self._read_box(name)
         for _ in range(MAX_TRIES):
-            seen = self._read_box(name)
             box = seen.alive(now_us)
             if expires_us <= max(now_us, box.kept_until_us):
                 return
             is_new, one = not box.kept_until_us, {"boxes": 1}
             if is_new and self._box_totals.add(one, expires_us, room_for) is None:
                 return
-            if self._write_box(name, seen, box._replace(kept_until_us=expires_us)):
+            written = self._write_box(name, seen, box._replace(kept_until_us=expires_us))
+            seen = seen if written else self._read_box(name)
+            if written or seen.kept_until_us == expires_us:  # ours, if a write whose reply was lost was made again
                 if not is_new:
                     self._box_totals.prolong("boxes", box.kept_until_us, expires_us)
                 return

@@ -1,4 +1,4 @@
-"""Run the Connectoid relay on a DynamoDB table: as many of these as you like on one table, behind a load balancer.
+"""Run the Connectoid relay on a DynamoDB table: several of these share one table, behind a load balancer.
 
 `python deploy/dynamodb/server.py --table connectoid --region eu-central-1 --create-table`
 says what is missing, if anything is. The flags are those of connectoid_relay.py and four
@@ -16,6 +16,7 @@ import functools
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def open_relay(arguments: argparse.Namespace, limits: Limits, **settings: Any) -
     if arguments.create_table and not create_table(client, arguments.table):
         log.warning("connectoid relay: this engine deletes nothing by itself (no TTL): the table grows")
     store = DynamoDbStore(arguments.table, client, follow_every_s=FOLLOW_EVERY_S)
+    store.check_clock(time.time_ns() // 1_000)
     return Relay(store, limits, rate_limit=store.rate_limit, source_key=store.source_key,
                  fetch=store.fetch, **settings)
 

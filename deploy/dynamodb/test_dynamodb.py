@@ -9,7 +9,9 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import email.utils
 import functools
+import io
 import itertools
 import json
 import os
@@ -31,14 +33,25 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 engines = pytest.importorskip("engines", reason="boto3 is missing: pip install -e '.[test]'")
 
-from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError  # noqa: E402
+from botocore.awsrequest import AWSResponse  # noqa: E402
+from botocore.exceptions import (  # noqa: E402
+    ClientError,
+    EndpointConnectionError,
+    HTTPClientError,
+    NoCredentialsError,
+    ReadTimeoutError,
+)
 from dynamodb_store import (  # noqa: E402
     ARRIVALS_KEPT_US,
     ATTEMPTS,
+    FIRST_LEASE_PARTS,
+    ID_BYTES,
     LEASE_PARTS,
     MAX_ARRIVALS,
     MAX_BATCH_TRIES,
     MAX_BOX_ENTRIES,
+    MAX_CLOCK_GAP_S,
+    MAX_CODE_CHARS,
     MIN_PART_US,
     PARTS_OF_TTL,
     ArrivalLog,
@@ -84,6 +97,7 @@ from connectoid_relay import (  # noqa: E402
     POOL_THREADS,
     SECOND_US,
     SOURCE_SHARE,
+    YEAR_2200_US,
     Access,
     Limits,
     Look,
@@ -146,10 +160,12 @@ class Hooked:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.inside, name)
+        if name == "exceptions":
+            return method
 
-        def call(**parameters: Any) -> Any:
+        def call(*arguments: Any, **parameters: Any) -> Any:
             self.before(name, parameters)
-            reply = method(**parameters)
+            reply = method(*arguments, **parameters)
             self.after(name, parameters)
             return reply
 
@@ -315,12 +331,20 @@ def test_shared_rate_limit_gives_one_process_exactly_the_limit_again_in_each_spa
 
 def test_shared_rate_limit_costs_few_writes_and_a_refusal_none() -> None:
     rate = shared_limit(leases := FakeLeases(), 600)
-    for _ in range(75):
+    for _ in range(72):
         rate.take("a", NOW_US)
-    assert leases.writes == 1
+    assert leases.writes == 4  # of 9, 9, 18 and 36: from then on it is 75 at a time
     for _ in range(2_000):
         rate.take("a", NOW_US)
-    assert leases.writes <= LEASE_PARTS + 2
+    assert leases.writes <= 4 + LEASE_PARTS + 2
+
+
+@pytest.mark.parametrize(("relays", "served"), [
+    (FIRST_LEASE_PARTS - 1, FIRST_LEASE_PARTS - 1), (FIRST_LEASE_PARTS, FIRST_LEASE_PARTS),
+    (FIRST_LEASE_PARTS + 1, FIRST_LEASE_PARTS)])
+def test_shared_rate_limit_serves_a_source_that_asks_each_of_so_many_relays(relays: int, served: int) -> None:
+    leases = FakeLeases()
+    assert [shared_limit(leases, 640).take("a", NOW_US) for _ in range(relays)].count(0) == served
 
 
 @pytest.mark.parametrize(("amount", "granted"), [(1, 600), (7, 85), (100, 6), (599, 1), (600, 1), (601, 0)])
@@ -579,7 +603,7 @@ DONE = (200, "")
 def test_requests_of_a_source_are_limited_in_sum(relays: Relays, alice: Owner, clock: FakeClock) -> None:
     three = relays(rate=24)
     asked = outcomes(three, [(check(alice), SOURCE)] * 90)
-    # What one relay has leased (an eighth) and not used when another is refused lies idle until the minute is over.
+    # What one relay has leased (an eighth at most) and not used when another is refused lies idle until the minute is over.
     assert 24 - 2 * 24 // LEASE_PARTS <= asked[DONE] <= 24
     assert asked.keys() == {DONE, TOO_OFTEN}
     assert three[0].handle(check(alice), "192.0.2.99").status == 200
@@ -703,24 +727,44 @@ def test_put_whose_reply_of_the_engine_is_lost_neither_loses_nor_doubles(
     assert other.stored() == EMPTY
 
 
-def test_put_of_which_nobody_knows_whether_it_was_kept_keeps_its_place(client: Any, table: str) -> None:
+@pytest.mark.parametrize(("error", "told"), [
+    (LOST, "does not answer"), (AttributeError("rubbish"), "does not speak DynamoDB")], ids=["lost", "rubbish"])
+def test_put_of_which_nobody_knows_whether_it_was_kept_keeps_its_place(
+        client: Any, table: str, error: Exception, told: str) -> None:
     hooked = Hooked(client)
     store, other = open_store(table, hooked), open_store(table, client)
 
     def lose(name: str, parameters: Mapping[str, Any]) -> None:
         if name == "put_item" and sort_key_of(parameters) == b"box":
             hooked.before = lose_a_read
-            raise LOST
+            raise error
 
     def lose_a_read(name: str, _parameters: Mapping[str, Any]) -> None:
         if name == "get_item":
             hooked.before = lambda *_: None
-            raise LOST
+            raise error
 
     hooked.after = lose
-    with pytest.raises(StoreError, match="does not answer"):
+    with pytest.raises(StoreError, match=told):
         store.put(message("LOST"), Limits(), NOW_US)
     assert texts_in(other) == ["LOST"]
+    assert other.stored() == Stored(1, MIN_COUNTED_BYTES, 0)
+    sweep_all(other, NOW_US + HOUR_US)
+    assert other.stored() == EMPTY
+
+
+def test_put_that_fails_in_whatever_way_at_the_box_keeps_its_place_until_its_part_ends(
+        client: Any, table: str) -> None:
+    lengths = iter([ID_BYTES])
+
+    def random_bytes(length: int) -> bytes:
+        if length != next(lengths, None):
+            raise RuntimeError("no random numbers")
+        return bytes(length)
+
+    with pytest.raises(RuntimeError, match="no random numbers"):  # for the version of the box
+        open_store(table, client, random_bytes=random_bytes).put(message(), Limits(), NOW_US)
+    other = open_store(table, client)
     assert other.stored() == Stored(1, MIN_COUNTED_BYTES, 0)
     sweep_all(other, NOW_US + HOUR_US)
     assert other.stored() == EMPTY
@@ -738,6 +782,39 @@ def test_put_that_the_client_library_repeats_after_a_lost_reply_is_kept_once(cli
     assert store.put(message(), Limits(), NOW_US) == NOW_US
     assert repeated
     assert store.messages(box_of(0), 0, 100, NOW_US) == [(NOW_US, "AAAA")]
+
+
+def test_put_never_writes_over_a_box_that_was_deleted_and_made_anew_meanwhile(client: Any, table: str) -> None:
+    fast = open_store(table, client)
+    fast.put(message("GONE", ttl_us=SECOND_US), Limits(), NOW_US)
+
+    def overtake(name: str, parameters: Mapping[str, Any]) -> None:
+        if name == "put_item" and sort_key_of(parameters) == b"box":  # the slow one has seen the old box
+            slow_client.before = lambda *_: None
+            client.delete_item(TableName=table, Key={"pk": {"B": box_of(0)}, "sk": {"B": b"box"}})  # as TTL does
+            fast.put(message("FAST"), Limits(), NOW_US + MINUTE_US)
+
+    slow_client = Hooked(client, overtake)
+    open_store(table, slow_client).put(message("SLOW", source=1), Limits(), NOW_US + MINUTE_US)
+    assert texts_in(fast) == ["FAST", "SLOW"]
+
+
+@pytest.mark.parametrize("kept_hours", [0, 1], ids=["new", "renewed"])
+def test_box_row_is_counted_once_when_the_client_library_repeats_its_write(
+        client: Any, table: str, kept_hours: int) -> None:
+    other = open_store(table, client)
+    other.keep_boxes({box_of(0): NOW_US + kept_hours * HOUR_US}, NOW_US, 5)
+
+    def repeat(name: str, parameters: Mapping[str, Any]) -> None:
+        if name == "put_item":
+            hooked.before = lambda *_: None
+            client.put_item(**parameters)  # the first time, of whose reply nobody heard
+
+    hooked = Hooked(client, repeat)
+    open_store(table, hooked).keep_boxes({box_of(0): NOW_US + 2 * HOUR_US}, NOW_US, 5)
+    for hours, boxes in ((1, 1), (2, 0)):
+        sweep_all(other, NOW_US + hours * HOUR_US)
+        assert other.stored().boxes == boxes
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
@@ -890,7 +967,7 @@ class Stingy:
         ((table, request),) = RequestItems.items()
         given, rest = request["Keys"][:self.gives], request["Keys"][self.gives:]
         reply = self.inside.batch_get_item(RequestItems={table: request | {"Keys": given}}) if given else {
-            "Responses": {}}
+            "Responses": {}, "ResponseMetadata": {"HTTPHeaders": {"content-type": "application/x-amz-json-1.0"}}}
         return reply | {"UnprocessedKeys": {table: request | {"Keys": rest}} if rest else {}}
 
 
@@ -915,6 +992,10 @@ def test_messages_that_come_in_parts_are_asked_for_so_many_times(client: Any, ta
     (client_error("ValidationException"), "has not the keys pk and sk, both binary; make another"),
     (client_error("ProvisionedThroughputExceededException"), "has not enough capacity; raise it"),
     (client_error("InternalServerError"), "cannot be used (InternalServerError)"),
+    (client_error("No\nline; of 'its' own"), "cannot be used (Nolineofitsown)"),
+    (client_error("E" * 200_000), f"cannot be used ({'E' * MAX_CODE_CHARS})"),
+    (UnicodeDecodeError("utf-8", b"secret", 0, 1, "secret"), "does not speak DynamoDB, or others write to the table"),
+    (HTTPClientError(error="secret"), "cannot be asked; look for line breaks in the credentials"),
     (NoCredentialsError(), "needs credentials; set AWS_ACCESS_KEY_ID"),
     (EndpointConnectionError(endpoint_url="http://secret"), "does not answer; look at the network"),
 ], ids=repr)
@@ -938,6 +1019,189 @@ class Impostor:
 def test_server_that_does_not_speak_dynamodb_is_not_taken_for_an_empty_table() -> None:
     with pytest.raises(StoreError, match="--endpoint-url does not speak DynamoDB"):
         open_store("the-table", Impostor())
+
+
+AMZ_JSON = "application/x-amz-json-1.0"
+NO_REPLIES = [  # the type and the body
+    ("", b""), ("text/html", b"<html>Welcome</html>"), ("application/json", b"{}"), (AMZ_JSON, b""), (AMZ_JSON, b"[]"),
+    (AMZ_JSON, b"null"), (AMZ_JSON, b"\xff\xfe"),
+    (AMZ_JSON, b'{"Item": [], "Attributes": 1, "Items": 1, "Responses": 1}')]
+Misled = Callable[[Callable[[str, bytes], bool], tuple[str, bytes]], Any]
+
+
+class Octets(io.BytesIO):
+    """A body as botocore reads it."""
+
+    def stream(self) -> Iterator[bytes]:
+        """Yield all of it."""
+        yield self.read()
+
+
+@pytest.fixture
+def misled(url_of: Callable[[str], str]) -> Misled:
+    """Return a function that makes a client of dynalite of which some calls get a 200 from somebody else."""
+
+    def make(is_misled: Callable[[str, bytes], bool], reply: tuple[str, bytes]) -> Any:
+        content_type, body = reply
+
+        def answer(request: Any, event_name: str, **_: Any) -> Any:
+            if not is_misled(event_name.rpartition(".")[2], request.body):
+                return None
+            headers = {"content-type": content_type, "content-length": str(len(body))}
+            return AWSResponse(request.url, 200, headers, Octets(body))
+
+        client = engines.session().client("dynamodb", endpoint_url=url_of("dynalite"))
+        client.meta.events.register("before-send.dynamodb", answer)
+        return client
+
+    return make
+
+
+@pytest.mark.parametrize("sort_key", [b'"sk": {"B": "b', b'"sk": {"B": "Ym94"}'], ids=["body", "box"])  # m..., box
+@pytest.mark.parametrize("reply", NO_REPLIES[:-1], ids=str)
+def test_message_that_no_engine_has_confirmed_is_not_acknowledged(
+        client: Any, table: str, misled: Misled, sort_key: bytes, reply: tuple[str, bytes]) -> None:
+    calls: list[str] = []
+
+    def is_misled(operation: str, request: bytes) -> bool:
+        found = operation == "PutItem" and sort_key in request
+        calls.extend([operation] * found)
+        return found
+
+    store = open_store(table, misled(is_misled, reply))
+    with pytest.raises(StoreError, match="does not speak DynamoDB"):
+        store.put(message(), Limits(), NOW_US)
+    assert calls
+    other = open_store(table, client)
+    assert texts_in(other) == []
+    sweep_all(other, NOW_US + HOUR_US)
+    assert other.stored() == EMPTY
+
+
+CALLS: Mapping[str, Callable[[DynamoDbStore], object]] = {
+    "GetItem": lambda store: store.look(box_of(0), 0, NOW_US),
+    "UpdateItem": lambda store: store.put(message(), Limits(), NOW_US),
+    "Query": lambda store: store.arrivals(0),
+    "BatchGetItem": lambda store: store.messages(box_of(9), 0, 1, NOW_US)}
+
+
+@pytest.mark.parametrize("operation", CALLS)
+@pytest.mark.parametrize("reply", NO_REPLIES, ids=str)
+def test_reply_that_makes_no_sense_is_a_store_error_and_trouble_of_the_engine(
+        client: Any, table: str, misled: Misled, operation: str, reply: tuple[str, bytes]) -> None:
+    open_store(table, client).put(message(box=9), Limits(), NOW_US)
+    is_open = threading.Event()
+    store = open_store(table, misled(lambda name, _: name == operation and is_open.is_set(), reply))
+    is_open.set()
+    with pytest.raises(StoreError, match="does not speak DynamoDB"):
+        CALLS[operation](store)
+    assert set(store._table._troubles) == {operation == "UpdateItem"}  # of writes, or of reads
+
+
+def test_box_that_others_have_written_is_a_store_error(client: Any, table: str) -> None:
+    client.put_item(TableName=table, Item={"pk": {"B": box_of(0)}, "sk": {"B": b"box"}, "version": {"N": "1"}})
+    with pytest.raises(StoreError, match="a box in the table is none of ours"):
+        open_store(table, client).look(box_of(0), 0, NOW_US)
+
+
+def set_relay(client: Any, table: str, name: str, value: str) -> None:
+    """Write a number of the relay's item."""
+    client.put_item(TableName=table, Item={"pk": {"B": b"relay"}, "sk": {"B": b"messages"}, name: {"N": value}})
+
+
+@pytest.mark.parametrize("name", ["time_us", "last_at"])
+@pytest.mark.parametrize(("time_us", "fits"), [
+    (YEAR_2200_US - 1, True), (YEAR_2200_US, False), (YEAR_2200_US + 1, False)])
+def test_time_of_the_table_from_the_year_2200_on_is_refused(
+        client: Any, table: str, name: str, time_us: int, fits: bool) -> None:
+    store = open_store(table, client)
+    set_relay(client, table, name, str(time_us))
+    for ask in (store.time_us, lambda: open_store(table, client)):
+        with contextlib.nullcontext() if fits else pytest.raises(StoreError, match="past the year 2200"):
+            ask()
+    set_relay(client, table, name, str(NOW_US))
+    assert store.time_us() == NOW_US  # what was refused has not been learnt
+
+
+def test_table_with_foreign_numbers_is_refused(client: Any, table: str) -> None:
+    set_relay(client, table, "time_us", "1.5")
+    with pytest.raises(StoreError, match="or others write to the table"):
+        open_store(table, client)
+
+
+@pytest.mark.parametrize(("gap_s", "fits"), [
+    (MAX_CLOCK_GAP_S - 1, True), (MAX_CLOCK_GAP_S, True), (MAX_CLOCK_GAP_S + 1, False)])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_clock_that_is_not_the_engines_is_refused(
+        client: Any, table: str, gap_s: int, fits: bool, sign: int) -> None:
+    store = open_store(table, client)
+    assert email.utils.parsedate_to_datetime(store._table.date)  # dynalite tells one
+    store._table.date = email.utils.formatdate(NOW_US // SECOND_US + sign * gap_s, usegmt=True)
+    with contextlib.nullcontext() if fits else pytest.raises(StoreError, match="differ by more than 5 minutes; set"):
+        store.check_clock(NOW_US)
+
+
+@pytest.mark.parametrize("date", ["", "nonsense"])
+def test_engine_that_tells_no_date_is_trusted(client: Any, table: str, date: str) -> None:
+    store = open_store(table, client)
+    store._table.date = date
+    store.check_clock(0)
+
+
+@pytest.mark.parametrize(("ahead_s", "warned"), [
+    (MAX_CLOCK_GAP_S - 1, False), (MAX_CLOCK_GAP_S, False), (MAX_CLOCK_GAP_S + 1, True)])
+def test_table_whose_time_is_ahead_is_told(
+        client: Any, table: str, ahead_s: int, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    wall_us = time.time_ns() // 1_000
+    open_store(table, client).probe(wall_us + ahead_s * SECOND_US)
+    open_store(table, client).check_clock(wall_us)
+    assert ("more than 5 minutes ahead of our clock" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(("environment", "options", "told"), [
+    ({"AWS_PROFILE": "nope"}, {}, "AWS_PROFILE names a profile that is not there"),
+    ({"AWS_SECRET_ACCESS_KEY": ""}, {}, "half of the credentials is missing"),
+    ({}, {"region": "bad region"}, "--region, or AWS_DEFAULT_REGION, is no name of a region"),
+    ({}, {"endpoint_url": "ftp://127.0.0.1"}, "--endpoint-url is no web address"),
+    ({}, {"endpoint_url": "http://alice:PASSWORD@x y"}, "--endpoint-url is no web address"),
+], ids=str)
+def test_setting_that_cannot_be_used_is_told_and_not_repeated(
+        environment: dict[str, str], options: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (engines.ENVIRONMENT | environment).items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    with pytest.raises(SettingError, match=f"^{re.escape(told)}") as refused:
+        make_client(**options)
+    assert "PASSWORD" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("operation", "error", "told"), [
+    ("describe_table", client_error("AccessDeniedException"), "does not accept our credentials"),
+    ("describe_time_to_live", client_error("AccessDeniedException"), "does not accept our credentials"),
+    ("describe_time_to_live", client_error("ThrottlingException"), "has not enough capacity"),
+    ("describe_time_to_live", LOST, "does not answer"),
+    ("create_table", client_error("AccessDeniedException"), "does not accept our credentials"),
+    ("describe_table", AttributeError(), "does not speak DynamoDB"),
+], ids=str)
+def test_table_that_cannot_be_made_is_told(client: Any, operation: str, error: Exception, told: str) -> None:
+    hooked = Hooked(client, lambda name, _: raise_error(error) if name == operation else None)
+    with pytest.raises(StoreError, match=told):
+        create_table(hooked, engines.new_name())
+
+
+@pytest.mark.parametrize("code", ["UnknownOperationException", "ValidationException"])
+def test_engine_that_knows_no_ttl_gets_its_table_all_the_same(client: Any, code: str) -> None:
+    refuse = functools.partial(raise_error, client_error(code))
+    hooked = Hooked(client, lambda name, _: refuse() if name == "describe_time_to_live" else None)
+    assert not create_table(hooked, name := engines.new_name())
+    assert open_store(name, client).stored() == EMPTY
+
+
+def test_table_that_exists_is_not_made_again(client: Any, table: str) -> None:
+    calls: list[str] = []
+    create_table(Hooked(client, lambda name, _: calls.append(name)), table)
+    assert calls[0] == "describe_table"
+    assert "create_table" not in calls
 
 
 def test_first_message_of_all_gets_an_at_even_at_the_beginning_of_time(client: Any, table: str) -> None:
@@ -968,7 +1232,7 @@ def test_create_table_says_whether_the_engine_deletes_what_has_expired(
 def test_client_has_a_connection_for_every_thread_and_gives_up_soon() -> None:
     config = make_client(region="eu-central-1").meta.config
     assert config.max_pool_connections >= POOL_THREADS + 2
-    assert (config.connect_timeout, config.read_timeout) == (1, 2)
+    assert (config.connect_timeout, config.read_timeout) == (1, 1)
     assert config.retries == {"mode": "standard", "total_max_attempts": ATTEMPTS}
 
 
@@ -1228,7 +1492,7 @@ def start(url_of: Callable[[str], str]) -> Iterator[Start]:
     ([], {"AWS_SECRET_ACCESS_KEY": "", "AWS_ACCESS_KEY_ID": ""}, "the table connectoid needs credentials; set AWS_"),
     ([], {"AWS_DEFAULT_REGION": ""}, "no region is known; name one with --region or AWS_DEFAULT_REGION"),
     (["--endpoint-url", "http://127.0.0.1:1"], {}, "does not answer; look at the network and at --endpoint-url"),
-    (["--endpoint-url", "nonsense"], {}, "--endpoint-url nonsense is no web address; write http://HOST:PORT"),
+    (["--endpoint-url", "nonsense"], {}, "--endpoint-url is no web address; write http://HOST:PORT"),
     (["--udp"], {}, "--udp and --stun are for a relay whose store is a file of its own; leave them out"),
     (["--stun"], {}, "--udp and --stun are for a relay whose store is a file of its own; leave them out"),
     (["--db", "x.db"], {}, "--db and --sync are for a relay on a file; leave them out"),
@@ -1283,6 +1547,14 @@ def test_long_poll_at_one_server_ends_when_another_gets_the_message(start: Start
     status, reply = reply_on(waiting)
     assert (status, reply["found"]) == (200, True)  # with 59 s to spare
     assert post(there.port, receive(alice, alice.open(reply["question"])))[1]["data"] == "QUJD"
+
+
+@pytest.mark.slow
+def test_server_warns_of_a_table_whose_time_is_ahead(start: Start, client: Any, table: str) -> None:
+    set_relay(client, table, "time_us", str(time.time_ns() // 1_000 + DAY_US))
+    process = start("--table", table)
+    assert process.stop() == 0
+    assert process.log.startswith("connectoid relay: the table's time is more than 5 minutes ahead of our clock")
 
 
 SENDERS, TEXTS, ROOM = 6, 25, 160  # 300 texts for the crowded box, 150 for the quiet one

@@ -26,7 +26,7 @@ import cfnlint.decode.cfn_yaml  # type: ignore[import-untyped]
 import cold_start
 import lambda_relay
 import pytest
-from dynamodb_store import create_table, make_client
+from dynamodb_store import READ_TIMEOUT_S, create_table, make_client
 from engines import ENGINES, ENVIRONMENT, Missing, client_of, new_name
 from lambda_relay import (
     FLAGS,
@@ -642,7 +642,8 @@ def test_role_is_for_this_table_and_this_log_alone(template: Mapping[str, Any]) 
     assert "*" not in json.dumps(policy)
     (function,) = properties(template, "AWS::Serverless::Function")
     assert function["Role"] == {"Fn::GetAtt": ["Role", "Arn"]}  # without it SAM adds a policy for all logs
-    assert function["LoggingConfig"] == {"LogGroup": {"Ref": "Log"}}
+    assert function["LoggingConfig"] == {
+        "LogGroup": {"Ref": "Log"}, "LogFormat": "JSON", "SystemLogLevel": "WARN", "ApplicationLogLevel": "INFO"}
     assert "Policies" not in function
 
 
@@ -964,7 +965,7 @@ class Watched:
 
     def __init__(self, url: str) -> None:
         self.client = make_client(endpoint_url=url)
-        self.calls: set[str] = set()
+        self.calls: list[str] = []
         self.units = {"read": 0.0, "write": 0.0}
         self.client.meta.events.register("provide-client-params.dynamodb", self._ask)
         self.client.meta.events.register("after-call.dynamodb", self._note)
@@ -974,7 +975,7 @@ class Watched:
         params["ReturnConsumedCapacity"] = "TOTAL"
 
     def _note(self, parsed: Mapping[str, Any], model: Any, **_: object) -> None:
-        self.calls.add(model.name)
+        self.calls.append(model.name)
         costs = parsed.get("ConsumedCapacity", [])
         kind = "write" if model.name in ("PutItem", "UpdateItem", "DeleteItem") else "read"
         self.units[kind] += sum(cost["CapacityUnits"] for cost in (costs if isinstance(costs, list) else [costs]))
@@ -985,10 +986,17 @@ class Watched:
         return units["read"], units["write"]
 
 
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """Return a file with an API key that has each quota."""
+    path = tmp_path / "keys.toml"
+    path.write_text('[keys.friends]\nkey = "key"\nrequests_per_day = 99\nbytes = 99999\n')
+    return path
+
+
 def test_role_allows_what_the_store_calls_and_no_more(url: str, template: Mapping[str, Any], clock: FakeClock,
-                                                      tmp_path: Path) -> None:
-    watched, keys = Watched(url), tmp_path / "keys.toml"
-    keys.write_text('[keys.friends]\nkey = "key"\nrequests_per_day = 99\nbytes = 99999\n')
+                                                      keys: Path) -> None:
+    watched = Watched(url)
     handler = handler_on(url, make_table(url, template), clock, f"--keys {keys}", watched.client)
     for _ in range(2):
         assert post_to(handler, send(ALICE, ext="key"))[0] == 200
@@ -999,7 +1007,25 @@ def test_role_allows_what_the_store_calls_and_no_more(url: str, template: Mappin
         clock.advance(3_700)
     (role,) = properties(template, "AWS::IAM::Role")
     allowed = role["Policies"][0]["PolicyDocument"]["Statement"][0]["Action"]
-    assert allowed == sorted(f"dynamodb:{call}" for call in watched.calls)
+    assert allowed == sorted(f"dynamodb:{call}" for call in set(watched.calls))
+
+
+def test_first_event_ends_within_the_timeout_if_each_call_takes_as_long_as_it_may(
+        url: str, template: Mapping[str, Any], clock: FakeClock, page: str, keys: Path) -> None:
+    table, calls = make_table(url, template), []
+
+    def ask_first(request: Mapping[str, Any]) -> Any:
+        watched = Watched(url)
+        status, reply = post_to(handler_on(url, table, clock, f"--keys {keys}", watched.client), request)
+        assert status == 200
+        calls.append(len(watched.calls))
+        return reply
+
+    ask_first(send(ALICE, ext="key"))
+    ask_first(receive(ALICE, ALICE.open(ask_first(check(ALICE, ext="key"))["question"]), ext="key"))
+    (function,) = properties(template, "AWS::Serverless::Function")
+    assert max(calls) * READ_TIMEOUT_S < function["Timeout"]
+    assert f"an instance's first one up to {max(calls)}" in " ".join(page.split())
 
 
 def test_table_of_the_template_is_that_of_create_table(url: str, template: Mapping[str, Any]) -> None:
