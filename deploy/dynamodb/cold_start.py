@@ -46,7 +46,7 @@ print(json.dumps([*steps_ms, int(status.partition("VmHWM:")[2].split()[0]) / 102
 def start(url: str, number: int) -> list[float]:
     """Return what one start takes: milliseconds of CPU of each step, and MiB of memory at most.
 
-    Each comes from an address of its own: a fresh instance takes an eighth of a source's rate limit.
+    Each comes from an address of its own: a fresh instance takes a part of a source's rate limit.
     """
     event = {"requestContext": {"http": {"method": "POST", "sourceIp": f"192.0.2.{number}"}}, "rawPath": "/",
              "body": CHECK}

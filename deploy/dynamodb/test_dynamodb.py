@@ -603,7 +603,7 @@ DONE = (200, "")
 def test_requests_of_a_source_are_limited_in_sum(relays: Relays, alice: Owner, clock: FakeClock) -> None:
     three = relays(rate=24)
     asked = outcomes(three, [(check(alice), SOURCE)] * 90)
-    # What one relay has leased (an eighth at most) and not used when another is refused lies idle until the minute is over.
+    # What one relay has leased (an eighth) and not used when another is refused lies idle until the minute is over.
     assert 24 - 2 * 24 // LEASE_PARTS <= asked[DONE] <= 24
     assert asked.keys() == {DONE, TOO_OFTEN}
     assert three[0].handle(check(alice), "192.0.2.99").status == 200
