@@ -1986,6 +1986,7 @@ def _messages_of(messages: object) -> list[tuple[int, str]]:
 CHECK_EVERY_S = 2.0  # between the starts of two checks at one relay, at least
 WAIT_S = 60  # of a long poll: what a relay takes at most
 BACKOFF_S = (2.0, 5.0, 15.0, 30.0, 60.0)  # after failures of a relay, one after the other
+TROUBLE_S = 10.0  # before a wait began, a relay's trouble is that of the wait: it is asked again only after a pause
 JITTER = 0.25  # of every pause, so that many clients do not come back together
 SEND_FOR_S = 45.0  # what could not be sent by then, the machine sends anew
 STOP_S = 2.0  # for threads, when the runner is closed
@@ -2419,7 +2420,7 @@ class Connectoid:
     def _trouble_since(self, began_s: float) -> str:
         """Return the latest complaint about a relay, to be added to a sentence, if there was one since."""
         text = next(reversed(self._complaints), "")
-        return f" {text}" if text and self._complaints[text] >= began_s else ""
+        return f" {text}" if text and self._complaints[text] >= began_s - TROUBLE_S else ""
 
     # -- Effects -------------------------------------------------------------------------
 
@@ -2653,6 +2654,9 @@ class AiortcAdapter:
         """Begin: reports go there."""
         self._report = report
         self._loop = asyncio.new_event_loop()
+        # aiortc's own tasks fail when the other end has gone: that is no news, and no traceback for users.
+        self._loop.set_exception_handler(
+            lambda _, context: log.info("WebRTC: %s", context.get("exception") or context["message"]))
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="connectoid aiortc")
         self._thread.start()
 
