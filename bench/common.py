@@ -1,5 +1,6 @@
-"""Share what the benchmarks need: a relay as a process, what it uses, requests, a crowd of clients, rows of a table.
+"""Share what the benchmarks need.
 
+A relay as a process, what it uses, requests, a crowd of clients, rows of a table.
 CONNECTOID_RELAY names another relay file than the one of this checkout.
 """
 
@@ -17,67 +18,91 @@ import resource
 import select
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from cryptography.hazmat.primitives import hpke
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-RELAY = Path(os.environ.get("CONNECTOID_RELAY") or Path(__file__).parent.parent / "connectoid_relay.py")
+HERE = Path(__file__).parent
+RELAY = Path(os.environ.get("CONNECTOID_RELAY") or HERE.parent / "connectoid_relay.py")
 HOST = "127.0.0.1"
-DATA = "QUJD" * 625  # 2,500 characters: a sealed message of the usual size
-LATER_AT = 2**53  # `at` of a check that finds nothing, whatever comes
-READY_S = 20.0  # in which a relay must have started, however busy the machine is
+# 2,500 characters: a sealed message of the usual size.
+DATA = "QUJD" * 625
+# A check with this `at` finds nothing, whatever comes.
+LATER_AT = 2**53
+# The form of a mailbox that nobody has.
+NO_BOX = "Ag" + "A" * 64
+# A relay must have started by then, however busy the machine is.
+READY_S = 20.0
+STOP_TIMEOUT_S = 15.0
 ASK_TIMEOUT_S = 10.0
-SPARE_FILES = 400  # of a process beside its connections
+# How many files a process opens beside its connections.
+SPARE_FILES = 400
 SUITE = hpke.Suite(hpke.KEM.P384, hpke.KDF.HKDF_SHA384, hpke.AEAD.AES_256_GCM)
 QUESTION_INFO = b"connectoid/1 question"
+# Set before bind(2): the port is chosen when the peer is known, so each source has all ports.
+IP_BIND_ADDRESS_NO_PORT = 24
 
 # ---------------------------------------------------------------------------------------
-# The machine: cores, and what a process uses, as the operating system has it.
+# The machine: its cores, and what the operating system says that a process uses.
 # ---------------------------------------------------------------------------------------
 
 _CORES = sorted(os.sched_getaffinity(0))
-LOAD_CORE, SERVER_CORE = _CORES[0], _CORES[-1]  # the same where there is only one
+# The two are the same on a machine with one core.
+LOAD_CORE = _CORES[0]
+SERVER_CORE = _CORES[-1]
 
 
 def pin(core: int, pid: int = 0) -> None:
-    """Let a process (0: this one) run on one core alone."""
+    """Let a process run on one core only; 0 is this process."""
     os.sched_setaffinity(pid, {core})
 
 
 def machine() -> str:
     """Return one line on where the figures come from."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))
-    use = "one for the server, one for the load" if len(_CORES) > 1 else "for server and load"
-    return (f"{cpu[1] if cpu else platform.machine()}, {len(_CORES)} cores ({use}), Linux"
-            f" {platform.release().partition('-')[0]}, Python {platform.python_version()},"
-            f" {datetime.datetime.now(datetime.UTC):%Y-%m-%d}")
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))
+    cpu = platform.machine()
+    if model:
+        cpu = model[1]
+    use = "for server and load"
+    if len(_CORES) > 1:
+        use = "one for the server, one for the load"
+    kernel = platform.release().partition("-")[0]
+    python = platform.python_version()
+    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    return f"{cpu}, {len(_CORES)} cores ({use}), Linux {kernel}, Python {python}, {today}"
 
 
 def family(pid: int) -> list[int]:
-    """Return a process and all that came of it."""
+    """Return a process and all its descendants."""
     pids = [pid]
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # of a thread that has just ended
+        # A thread that has just ended has no such file.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for child in children.read_text("ascii").split():
                 pids += family(int(child))
     return pids
 
 
 def cpu_s(pid: int) -> float:
-    """Return the seconds of CPU that a process and its children have used; clock_getcpuclockid(3) has the number."""
+    """Return the seconds of CPU that a process and its children have used."""
+    # clock_getcpuclockid(3) makes this number of a process.
     return sum(time.clock_gettime((~member << 3) | 2) for member in family(pid))
 
 
 def memory_kib(pid: int) -> int:
-    """Return the resident memory of a process and its children, without what the kernel holds for sockets."""
-    texts = (Path(f"/proc/{member}/smaps_rollup").read_text("ascii") for member in family(pid))
+    """Return the resident memory of a process and its children.
+
+    What the kernel holds for sockets is not in it.
+    """
+    texts = [Path(f"/proc/{member}/smaps_rollup").read_text("ascii") for member in family(pid)]
     return sum(int(text.partition("Rss:")[2].split()[0]) for text in texts)
 
 
@@ -92,9 +117,10 @@ def descriptors(pid: int) -> int:
 
 
 def raise_file_limit(wanted: int) -> int:
-    """Let this process and those it starts open so many files, if that may be; return how many they may."""
+    """Let this process and its children open this many files, if allowed; return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard < wanted:  # only root may, and not everywhere
+    if hard < wanted:
+        # Only root may raise the hard limit, and not everywhere.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
             return wanted
@@ -102,23 +128,47 @@ def raise_file_limit(wanted: int) -> int:
     return hard
 
 
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a benchmark and exit with its code; 130 after Ctrl-C.
+
+    SIGTERM ends it in the ordinary way as well, so each `with` stops its server.
+    """
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _leave(*_: object) -> NoReturn:
+    sys.exit(128 + signal.SIGTERM)
+
+
 # ---------------------------------------------------------------------------------------
 # A relay as a process of its own.
 # ---------------------------------------------------------------------------------------
 
-NO_RATES = ("--rate", "0", "--max-connections-per-source", "0")
+# One address plays all the clients.
+NO_RATES = (
+    "--rate", "0", "--max-connections-per-source", "0", "--max-waiting-per-source", "0")
 
 
 class RelayProcess:
     """A relay from the command line, pinned to its core and ready to serve; `with` stops it."""
 
-    def __init__(self, directory: Path, *flags: str, port: int = 0, db: str = "connectoid.db") -> None:
-        self.db, self._log = directory / db, directory / "relay.log"
-        command = [sys.executable, str(RELAY), "--port", str(port), "--db", str(self.db), *flags]
+    def __init__(
+        self, directory: Path, *flags: str, port: int = 0, db: str = "connectoid.db",
+    ) -> None:
+        self.db = directory / db
+        self._log = directory / "relay.log"
+        command = [
+            sys.executable, str(RELAY), "--port", str(port), "--db", str(self.db), *flags]
         with self._log.open("ab") as log:
             self._told = log.tell()
             self.started_s = time.perf_counter()
-            self.popen = subprocess.Popen(command, cwd=directory, stderr=log, stdin=subprocess.DEVNULL)
+            self.popen = subprocess.Popen(
+                command, cwd=directory, stderr=log, stdin=subprocess.DEVNULL)
         self.pid = self.popen.pid
         pin(SERVER_CORE, self.pid)
         try:
@@ -129,32 +179,34 @@ class RelayProcess:
         self.ready_s = time.perf_counter() - self.started_s
 
     def log(self) -> str:
-        """Return what this process has said so far."""
+        """Return what this process has written so far."""
         return self._log.read_bytes()[self._told:].decode("utf-8", "replace")
 
     def _wait_until_ready(self) -> int:
-        while time.perf_counter() < self.started_s + READY_S and self.popen.poll() is None:
-            if ready := re.search(r"listening on https?://\S+:(\d+)\n", self.log()):
+        end_s = self.started_s + READY_S
+        while time.perf_counter() < end_s and self.popen.poll() is None:
+            ready = re.search(r"listening on https?://\S+:(\d+)\n", self.log())
+            if ready:
                 return int(ready[1])
             time.sleep(0.002)
         raise RuntimeError(f"the relay did not start: {self.log()}")
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """Send a signal and wait for the end."""
+        """Send a signal and wait for the end; raise RuntimeError if it does not come."""
         if self.popen.poll() is None:
             self.popen.send_signal(number)
         try:
-            self.popen.wait(15)
+            self.popen.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.popen.kill()
-            self.popen.wait(15)
+            self.popen.wait(STOP_TIMEOUT_S)
             raise RuntimeError(f"the relay did not stop: {self.log()}") from None
 
     def __enter__(self) -> RelayProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop(signal.SIGTERM)
+        self.stop()
 
 
 def relay_module() -> Any:
@@ -163,7 +215,8 @@ def relay_module() -> Any:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # type hints are looked up there
+    # Type hints are looked up there.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -178,7 +231,8 @@ class Owner:
 
     def __init__(self, number: int) -> None:
         self.key = ec.derive_private_key(number, ec.SECP384R1())
-        self.box = self.key.public_key().public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+        public = self.key.public_key()
+        self.box = public.public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
         self.pub = encode(self.box)
 
     def open(self, question: str) -> str:
@@ -195,13 +249,19 @@ def encode(octets: bytes) -> str:
 def http_request(request: object, *, close: bool = False) -> bytes:
     """Return the bytes of a POST with a JSON request."""
     body = json.dumps(request).encode("ascii")
-    last = b"Connection: close\r\n" if close else b""
-    return b"POST / HTTP/1.1\r\nHost: relay\r\n%sContent-Length: %d\r\n\r\n%s" % (last, len(body), body)
+    lines = [b"POST / HTTP/1.1", b"Host: relay"]
+    if close:
+        lines.append(b"Connection: close")
+    lines.append(b"Content-Length: %d" % len(body))
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
 def check(pub: str, at: int = 0, wait: int = 0) -> dict[str, Any]:
     """Return a check request."""
-    return {"pub": pub, "action": "check", "at": at, **({"wait": wait} if wait else {})}
+    request: dict[str, Any] = {"pub": pub, "action": "check", "at": at}
+    if wait:
+        request["wait"] = wait
+    return request
 
 
 def send(pub: str, sealed: str = DATA) -> dict[str, Any]:
@@ -209,16 +269,24 @@ def send(pub: str, sealed: str = DATA) -> dict[str, Any]:
     return {"pub": pub, "action": "send", "data": sealed}
 
 
-def connect(port: int, source: str = "127.0.0.1", timeout_s: float = ASK_TIMEOUT_S) -> socket.socket:
+def receive(pub: str, answer: str, at: int = 0, limit: int = 1) -> dict[str, Any]:
+    """Return a receive request; a reply to more than one message has a list."""
+    request: dict[str, Any] = {
+        "pub": pub, "action": "receive", "answer": answer, "at": at}
+    if limit > 1:
+        request["limit"] = limit
+    return request
+
+
+def connect(port: int, source: str = HOST, timeout_s: float = ASK_TIMEOUT_S) -> socket.socket:
     """Return a connection to the relay from an address of this host; 127.0.0.0/8 has many."""
     client = socket.socket()
     try:
         client.settimeout(timeout_s)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The port is chosen with the peer known: each source has as many as there are, IP_BIND_ADDRESS_NO_PORT.
-        client.setsockopt(socket.IPPROTO_IP, 24, 1)
+        client.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
         client.bind((source, 0))
-        client.connect(("127.0.0.1", port))
+        client.connect((HOST, port))
     except BaseException:
         client.close()
         raise
@@ -229,20 +297,23 @@ def read_reply(client: socket.socket) -> tuple[int, bytes]:
     """Return status and body of the next reply; raise ConnectionError if there is none."""
     received = bytearray()
     while not (reply := take_reply(received)):
-        if not (chunk := client.recv(65536)):
+        chunk = client.recv(65536)
+        if not chunk:
             raise ConnectionAbortedError
         received += chunk
     return reply
 
 
 def take_reply(received: bytearray) -> tuple[int, bytes] | None:
-    """Remove the first whole reply from what was received, and return its status and body."""
+    """Remove the first whole reply from what was received; return its status and body."""
     end = received.find(b"\r\n\r\n")
     if end < 0:
         return None
     head = bytes(received[:end]).lower()
     _, found, rest = head.partition(b"\r\ncontent-length:")
-    whole = end + 4 + (int(rest.partition(b"\r\n")[0]) if found else 0)
+    whole = end + 4
+    if found:
+        whole += int(rest.partition(b"\r\n")[0])
     if len(received) < whole:
         return None
     body = bytes(received[end + 4:whole])
@@ -250,33 +321,47 @@ def take_reply(received: bytearray) -> tuple[int, bytes] | None:
     return int(head[9:12]), body
 
 
-def ask(port: int, request: object, source: str = "127.0.0.1", timeout_s: float = ASK_TIMEOUT_S) -> tuple[int, Any]:
-    """Return status and parsed reply of one request on a connection of its own; raise OSError."""
+def ask(
+    port: int, request: object, source: str = HOST, timeout_s: float = ASK_TIMEOUT_S,
+) -> tuple[int, Any]:
+    """Return status and parsed reply of one request on a fresh connection; raise OSError."""
     with connect(port, source, timeout_s) as client:
         client.sendall(http_request(request, close=True))
         status, body = read_reply(client)
     return status, json.loads(body)
 
 
-def metrics(port: int) -> dict[str, int]:
-    """Return what the relay tells of itself, by name (and label)."""
+def get(port: int, path: str) -> bytes:
+    """Return the body of a page of the relay; raise OSError."""
     with connect(port) as client:
-        client.sendall(b"GET /metrics HTTP/1.1\r\nConnection: close\r\n\r\n")
+        client.sendall(b"GET %s HTTP/1.1\r\nConnection: close\r\n\r\n" % path.encode("ascii"))
         _, body = read_reply(client)
-    return {name: int(number) for name, _, number in (
-        line.rpartition(" ") for line in body.decode("ascii").splitlines() if line[:1] != "#")}
+    return body
 
 
-def receive_all(port: int, owner: Owner, source: str = "127.0.0.1") -> list[tuple[int, str]]:
-    """Return (at, data) of all that a mailbox has, oldest first; raise OSError, or RuntimeError if refused."""
+def metrics(port: int) -> dict[str, int]:
+    """Return the relay's metrics by name (and label)."""
+    found = {}
+    for line in get(port, "/metrics").decode("ascii").splitlines():
+        if not line.startswith("#"):
+            name, _, number = line.rpartition(" ")
+            found[name] = int(number)
+    return found
+
+
+def receive_all(port: int, owner: Owner, source: str = HOST) -> list[tuple[int, str]]:
+    """Return (at, data) of every message of a mailbox, oldest first.
+
+    Raise OSError, or RuntimeError if the relay refuses.
+    """
     status, reply = ask(port, check(owner.pub), source)
     found: list[tuple[int, str]] = []
-    if status == 200 and not reply["found"]:
-        return found
-    answer = owner.open(reply["question"]) if status == 200 else ""
+    answer = ""
+    if status == 200 and reply["found"]:
+        answer = owner.open(reply["question"])
     while status == 200 and reply.get("found") is not False:
-        status, reply = ask(port, {"pub": owner.pub, "action": "receive", "answer": answer, "limit": 100,
-                                   "at": found[-1][0] if found else 0}, source)
+        last_at = max((at for at, _ in found), default=0)
+        status, reply = ask(port, receive(owner.pub, answer, last_at, 100), source)
         found += [(message["at"], message["data"]) for message in reply.get("messages", ())]
     if status != 200:
         raise RuntimeError(f"not received: {reply}")
@@ -289,13 +374,15 @@ def receive_all(port: int, owner: Owner, source: str = "127.0.0.1") -> list[tupl
 
 
 class Member:
-    """One connection of a crowd, with a number that its owner gives a meaning."""
+    """One connection of a crowd. Its number means what the caller of `add` wants."""
 
     __slots__ = ("number", "received", "socket", "unsent")
 
     def __init__(self, connection: socket.socket, number: int) -> None:
-        self.socket, self.number = connection, number
-        self.received, self.unsent = bytearray(), b""
+        self.socket = connection
+        self.number = number
+        self.received = bytearray()
+        self.unsent = b""
 
 
 class Heard(NamedTuple):
@@ -310,7 +397,8 @@ class Crowd:
     """Wait for many connections at once; `with` closes them all."""
 
     def __init__(self) -> None:
-        self._poll, self.members = select.epoll(), dict[int, Member]()
+        self._poll = select.epoll()
+        self.members: dict[int, Member] = {}
 
     def __enter__(self) -> Crowd:
         return self
@@ -320,8 +408,8 @@ class Crowd:
             self.leave(member)
         self._poll.close()
 
-    def join(self, port: int, number: int, source: str = "127.0.0.1", octets: bytes = b"") -> Member:
-        """Connect one more, and have it say something; raise OSError."""
+    def join(self, port: int, number: int, source: str = HOST, octets: bytes = b"") -> Member:
+        """Connect one more member and send what it has to say; raise OSError."""
         member = Member(connect(port, source), number)
         member.socket.setblocking(False)
         self.members[member.socket.fileno()] = member
@@ -330,21 +418,26 @@ class Crowd:
         return member
 
     def leave(self, member: Member) -> None:
-        """Close a connection; it may be so already."""
+        """Close a connection, which may be closed already."""
         if self.members.pop(member.socket.fileno(), None):
             member.socket.close()
 
     def say(self, member: Member, octets: bytes) -> None:
         """Send now what can be sent, and the rest later."""
         member.unsent += octets
-        with contextlib.suppress(BlockingIOError, ConnectionError):  # its end is heard with the next turn
+        # The next turn hears the end of a connection.
+        with contextlib.suppress(BlockingIOError, ConnectionError):
             while member.unsent:
                 member.unsent = member.unsent[member.socket.send(member.unsent):]
-        if member.socket.fileno() >= 0:
-            self._poll.modify(member.socket, select.EPOLLIN | (select.EPOLLOUT if member.unsent else 0))
+        if member.socket.fileno() < 0:
+            return
+        events = select.EPOLLIN
+        if member.unsent:
+            events |= select.EPOLLOUT
+        self._poll.modify(member.socket, events)
 
     def turn(self, timeout_s: float) -> Iterator[Heard]:
-        """Yield what is heard until nothing more is at hand, after waiting for the first at most so long."""
+        """Wait this long for the first reply, then yield all that is at hand."""
         for number, events in self._poll.poll(max(0.0, timeout_s), 1024):
             member = self.members.get(number)
             if member and events & select.EPOLLOUT:
@@ -368,20 +461,29 @@ class Crowd:
 
 
 # ---------------------------------------------------------------------------------------
-# Figures
+# Figures.
 # ---------------------------------------------------------------------------------------
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the value that so many percent do not exceed; 0 of none."""
+    """Return the value that this share of the values does not exceed; 0 if there are none."""
+    if not values:
+        return 0.0
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else 0.0
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def spread(values: Sequence[float], form: str = ".0f") -> str:
+    """Return the median with the least and the most."""
+    least = f"{min(values):{form}}"
+    most = f"{max(values):{form}}"
+    return f"{statistics.median(values):{form}} ({least} to {most})"
 
 
 def spread_ms(seconds: Sequence[float]) -> str:
     """Return median, 99th percentile and longest in milliseconds."""
-    shown = " / ".join(f"{1000 * percentile(seconds, percent):.1f}" for percent in (50, 99, 100))
-    return f"{shown} ms"
+    shown = [f"{1000 * percentile(seconds, percent):.2f}" for percent in (50, 99, 100)]
+    return " / ".join(shown) + " ms"
 
 
 def mib(kib: float) -> str:
@@ -394,6 +496,7 @@ def heading() -> None:
     print(f"{machine()}\n\n| what | measured | reach | met |\n|---|---|---|---|", flush=True)
 
 
-def row(what: str, measured: str, reach: str = "", met: bool | None = None) -> None:
-    """Print one line of the table; what has no reach is there to explain the others."""
-    print(f"| {what} | {measured} | {reach or '-'} | {'-' if met is None else 'yes' if met else 'no'} |", flush=True)
+def row(what: str, measured: str, reach: str = "-", met: bool | None = None) -> None:
+    """Print one line of the table; a line without a reach explains the others."""
+    verdict = {None: "-", True: "yes", False: "no"}[met]
+    print(f"| {what} | {measured} | {reach} | {verdict} |", flush=True)

@@ -1,9 +1,10 @@
-"""Keep messages in SQLite behind FastAPI: what one writes by hand in an hour. Started by compare.py.
+"""Keep messages in SQLite behind FastAPI: an hour's work by hand. Started by compare.py.
 
 Usage: python bench/fastapi_relay.py PORT DATABASE   (needs fastapi and uvicorn)
 
-check, send and receive, durable like ours (synchronous=FULL), and that is all: no proof that the receiver has
-the key, no limits, no expiry. Everything runs in the loop: a thread for each request cost more.
+It has check, send and receive, durable like ours (synchronous=FULL), and no more: no proof that
+the receiver has the key, no limits, no expiry. Everything runs in the loop: a thread for each
+request cost more.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ PRAGMA journal_mode = WAL;
 PRAGMA synchronous = FULL;
 CREATE TABLE messages (box TEXT, at INTEGER, data TEXT, PRIMARY KEY (box, at)) WITHOUT ROWID;
 """
+ADD = "INSERT INTO messages VALUES (?, ?, ?)"
+FIRST = "SELECT at, data FROM messages WHERE box = ? AND at > ? ORDER BY at LIMIT 1"
 BACKLOG = 1_024
 
 
@@ -41,20 +44,23 @@ def build(path: str) -> Any:
 
     async def handle(request: Request) -> dict[str, Any]:
         if request.action == "send":
-            database.execute("INSERT INTO messages VALUES (?, ?, ?)", (request.pub, time.time_ns(), request.data))
+            database.execute(ADD, (request.pub, time.time_ns(), request.data))
             return {"ok": True}
-        row = database.execute("SELECT at, data FROM messages WHERE box = ? AND at > ? ORDER BY at LIMIT 1",
-                               (request.pub, request.at)).fetchone()
+        row = database.execute(FIRST, (request.pub, request.at)).fetchone()
         if row is None:
             return {"ok": True, "found": False}
-        return {"ok": True, "found": True} if request.action == "check" else {"ok": True, "at": row[0], "data": row[1]}
+        if request.action == "check":
+            return {"ok": True, "found": True}
+        return {"ok": True, "at": row[0], "data": row[1]}
 
-    handle.__annotations__["request"] = Request  # FastAPI reads them at run time
+    # FastAPI reads the annotations at run time.
+    handle.__annotations__["request"] = Request
     application = fastapi.FastAPI()
     application.add_api_route("/", handle, methods=["POST"])
     return application
 
 
 if __name__ == "__main__":
-    uvicorn.run(build(sys.argv[2]), host="127.0.0.1", port=int(sys.argv[1]), workers=1, backlog=BACKLOG,
-                log_level="warning", access_log=False)
+    uvicorn.run(
+        build(sys.argv[2]), host="127.0.0.1", port=int(sys.argv[1]), workers=1,
+        backlog=BACKLOG, log_level="warning", access_log=False)

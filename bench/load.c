@@ -1,16 +1,21 @@
-/* Load a server on 127.0.0.1 as fast as it answers, or echo datagrams: what compare.py compiles and runs.
+/* Load a server on 127.0.0.1 as fast as it answers, or echo datagrams. compare.py compiles it.
  *
- *   load fresh|kept|udp|both HOST PORT SECONDS WIDTH REQUESTS COUNT LENGTH PREFIX
+ *   load fresh|kept|udp HOST PORT SECONDS WIDTH REQUESTS COUNT LENGTH PREFIX
+ *   load both HOST PORT SECONDS WIDTH (REQUESTS COUNT LENGTH PREFIX of fresh) (... of udp)
  *   load echo PORT
  *
- * fresh: a TCP connection for each request, WIDTH at a time, read until the server closes.  kept: WIDTH
- * connections, a request after the other.  udp: WIDTH datagrams under way.  both: fresh and udp at once.
- * REQUESTS is a file with COUNT requests of one size, taken in turn.  A reply counts if it begins with PREFIX
- * and has LENGTH bytes (0: any length; for both, REQUESTS LENGTH PREFIX are those of fresh, and a second set
- * REQUESTS COUNT LENGTH PREFIX of udp follows).  It never sleeps: epoll with a time-out of 0, on a core of its own.
- * It prints one line of JSON.
+ * fresh: a TCP connection for each request, WIDTH at a time, read until the server closes.
+ * kept: WIDTH connections, one request after the other on each.
+ * udp: WIDTH datagrams under way.
+ * both: fresh and udp at once.
+ *
+ * REQUESTS is a file with COUNT requests of one size, taken in turn. A reply counts if it begins
+ * with PREFIX and has LENGTH bytes (0: any length). The program never sleeps: epoll with a
+ * time-out of 0, on a core of its own. It prints one line of JSON.
  */
-#define _GNU_SOURCE /* recvmmsg, sendmmsg */
+
+/* For recvmmsg and sendmmsg. */
+#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
 #include <stdio.h>
@@ -21,20 +26,47 @@
 #include <unistd.h>
 
 enum {
-    MAX_WIDTH = 256,        /* requests at a time */
-    REPLY_BYTES = 65536,    /* of a reply: more is read but not looked at */
-    SLOWEST_US = 2000000,   /* the last place of the histogram of latencies */
-    LOST_AFTER_US = 20000   /* without any datagram: those under way are lost */
+    /* Requests at a time. */
+    MAX_WIDTH = 256,
+    /* Of a reply: more is read in further calls. */
+    REPLY_BYTES = 65536,
+    /* The last place of the histogram of latencies. */
+    SLOWEST_US = 2000000,
+    /* After this time without any datagram, those under way are lost. */
+    LOST_AFTER_US = 20000
 };
 
-struct kind { char *octets; int size, count, next; int length; const char *prefix; int prefix_size; };
-struct slot { int fd, got; char head[64]; long long started_us; };
-struct total { long done, failed; unsigned *taken_us; };
+struct kind {
+    char *octets;
+    int size;
+    int count;
+    int next;
+    int length;
+    const char *prefix;
+    int prefix_size;
+};
+
+struct slot {
+    int fd;
+    int got;
+    char head[64];
+    long long started_us;
+};
+
+struct total {
+    long done;
+    long failed;
+    unsigned *taken_us;
+};
 
 static struct sockaddr_in server;
 static int epoll;
 
-static void stop(const char *what) { perror(what); exit(1); }
+static void stop(const char *what)
+{
+    perror(what);
+    exit(1);
+}
 
 static long long now_us(void)
 {
@@ -67,7 +99,8 @@ static char *next_request(struct kind *kind)
 
 static int is_right(const struct kind *kind, const char *head, int got)
 {
-    return got >= kind->prefix_size && !memcmp(head, kind->prefix, kind->prefix_size)
+    return got >= kind->prefix_size
+        && !memcmp(head, kind->prefix, kind->prefix_size)
         && (!kind->length || got == kind->length);
 }
 
@@ -78,10 +111,10 @@ static void count(struct total *total, int right, long long started_us)
     total->taken_us[taken_us < SLOWEST_US ? taken_us : SLOWEST_US]++;
 }
 
-/* Send a slot's next request, on a new connection if it has none. A request fits any socket's buffer. */
+/* Send a slot's next request, on a new connection if it has none. */
 static void ask(struct slot *slot, struct kind *kind, struct total *total, int kept)
 {
-    /* Of a fresh connection only the end is looked for: then the whole reply is there, in one call. */
+    /* Of a fresh connection only the end counts: then the whole reply is there, in one call. */
     struct epoll_event wanted = {kept ? EPOLLIN : EPOLLRDHUP, {.ptr = slot}};
     slot->started_us = now_us();
     slot->got = 0;
@@ -92,7 +125,9 @@ static void ask(struct slot *slot, struct kind *kind, struct total *total, int k
         if (connect(slot->fd, (struct sockaddr *)&server, sizeof server)) stop("connect");
         epoll_ctl(epoll, EPOLL_CTL_ADD, slot->fd, &wanted);
     }
-    if (send(slot->fd, next_request(kind), kind->size, MSG_NOSIGNAL) != kind->size) total->failed++;
+    /* A request fits any socket's buffer. */
+    ssize_t sent = send(slot->fd, next_request(kind), kind->size, MSG_NOSIGNAL);
+    if (sent != kind->size) total->failed++;
 }
 
 /* Read what is there; ask again when the reply is whole (kept) or the server has closed (fresh). */
@@ -106,11 +141,15 @@ static void hear(struct slot *slot, struct kind *kind, struct total *total, int 
     if (got > 0) slot->got += got;
     if (kept && got > 0 && slot->got < kind->length) return;
     count(total, got > 0 && is_right(kind, slot->head, slot->got), slot->started_us);
-    if (!kept || got <= 0) { close(slot->fd); slot->fd = -1; }
+    if (!kept || got <= 0) {
+        close(slot->fd);
+        slot->fd = -1;
+    }
     ask(slot, kind, total, kept);
 }
 
-/* Keep so many datagrams under way; all calls to the kernel take many at once, so that this is not the limit. */
+/* Keep some datagrams under way. All calls to the kernel take many at once, so that they are not
+ * the limit. */
 static void exchange_datagrams(int udp, int width, struct kind *kind, struct total *total)
 {
     static struct mmsghdr messages[MAX_WIDTH];
@@ -123,13 +162,23 @@ static void exchange_datagrams(int udp, int width, struct kind *kind, struct tot
         messages[i].msg_hdr = (struct msghdr){.msg_iov = &pieces[i], .msg_iovlen = 1};
     }
     int got = recvmmsg(udp, messages, width, MSG_DONTWAIT, NULL);
-    for (int i = 0; i < got; i++)
-        if (is_right(kind, replies[i], (int)messages[i].msg_len)) total->done++; else total->failed++;
-    if (got > 0) { heard_us = now_us(); under_way -= got < under_way ? got : under_way; }
-    else if (now_us() - heard_us > LOST_AFTER_US) { heard_us = now_us(); under_way = 0; }
-    if (under_way > width / 2) return; /* some at once are cheaper to send than each alone */
+    for (int i = 0; i < got; i++) {
+        int right = is_right(kind, replies[i], (int)messages[i].msg_len);
+        if (right) total->done++; else total->failed++;
+    }
+    if (got > 0) {
+        heard_us = now_us();
+        under_way -= got < under_way ? got : under_way;
+    } else if (now_us() - heard_us > LOST_AFTER_US) {
+        heard_us = now_us();
+        under_way = 0;
+    }
+
+    /* Some at once are cheaper to send than each alone. */
+    if (under_way > width / 2) return;
     int wanted = width - under_way;
-    for (int i = 0; i < wanted; i++) pieces[i] = (struct iovec){next_request(kind), kind->size};
+    for (int i = 0; i < wanted; i++)
+        pieces[i] = (struct iovec){next_request(kind), kind->size};
     int sent = sendmmsg(udp, messages, wanted, MSG_DONTWAIT);
     if (sent > 0) under_way += sent;
 }
@@ -137,13 +186,18 @@ static void exchange_datagrams(int udp, int width, struct kind *kind, struct tot
 static void echo(int port)
 {
     static char datagram[2048];
-    struct sockaddr_in from = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct sockaddr_in from = {
+        .sin_family = AF_INET,
+        .sin_port = htons(port),
+        .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+    };
     int udp = socket(AF_INET, SOCK_DGRAM, 0);
     if (bind(udp, (struct sockaddr *)&from, sizeof from)) stop("bind");
     for (;;) {
         socklen_t size = sizeof from;
-        ssize_t got = recvfrom(udp, datagram, sizeof datagram, 0, (struct sockaddr *)&from, &size);
-        if (got >= 0) sendto(udp, datagram, got, 0, (struct sockaddr *)&from, size);
+        struct sockaddr *address = (struct sockaddr *)&from;
+        ssize_t got = recvfrom(udp, datagram, sizeof datagram, 0, address, &size);
+        if (got >= 0) sendto(udp, datagram, got, 0, address, size);
     }
 }
 
@@ -155,6 +209,16 @@ static int percentile_us(const struct total *total, double part)
     return us;
 }
 
+static void print_figures(
+    const struct total *requests, const struct total *packets, double seconds)
+{
+    printf("{\"done\": %ld, \"failed\": %ld, ", requests->done, requests->failed);
+    printf("\"p50_us\": %d, ", percentile_us(requests, 0.5));
+    printf("\"p99_us\": %d, ", percentile_us(requests, 0.99));
+    printf("\"datagrams\": %ld, \"bad_datagrams\": %ld, ", packets->done, packets->failed);
+    printf("\"seconds\": %.6f}\n", seconds);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 3 && !strcmp(argv[1], "echo")) echo(atoi(argv[2]));
@@ -162,26 +226,35 @@ int main(int argc, char **argv)
         fputs("usage: see the head of load.c\n", stderr);
         return 2;
     }
-    int kept = !strcmp(argv[1], "kept"), both = !strcmp(argv[1], "both"), datagrams = both || !strcmp(argv[1], "udp");
+    int kept = !strcmp(argv[1], "kept");
+    int both = !strcmp(argv[1], "both");
+    int datagrams = both || !strcmp(argv[1], "udp");
+    int streams = both || !datagrams;
     int width = atoi(argv[5]) < MAX_WIDTH ? atoi(argv[5]) : MAX_WIDTH;
-    struct kind tcp = read_kind(argv + 6), udp = read_kind(argv + (both ? 10 : 6));
-    struct total requests = {0, 0, calloc(SLOWEST_US + 1, sizeof(unsigned))}, packets = {0};
+    struct kind tcp = read_kind(argv + 6);
+    struct kind udp = read_kind(argv + (both ? 10 : 6));
+    struct total requests = {0, 0, calloc(SLOWEST_US + 1, sizeof(unsigned))};
+    struct total packets = {0};
     static struct slot slots[MAX_WIDTH];
     struct epoll_event ready[MAX_WIDTH];
+
     server = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(atoi(argv[3]))};
     if (inet_pton(AF_INET, argv[2], &server.sin_addr) != 1) stop("HOST");
     epoll = epoll_create1(0);
     int udp_fd = socket(AF_INET, SOCK_DGRAM, 0);
     if (connect(udp_fd, (struct sockaddr *)&server, sizeof server)) stop("connect");
-    long long started_us = now_us(), end_us = started_us + (long long)(atof(argv[4]) * 1e6);
-    for (int i = 0; i < width && (both || !datagrams); i++) { slots[i].fd = -1; ask(&slots[i], &tcp, &requests, kept); }
+
+    long long started_us = now_us();
+    long long end_us = started_us + (long long)(atof(argv[4]) * 1e6);
+    for (int i = 0; streams && i < width; i++) {
+        slots[i].fd = -1;
+        ask(&slots[i], &tcp, &requests, kept);
+    }
     while (now_us() < end_us) {
-        int count_ready = both || !datagrams ? epoll_wait(epoll, ready, MAX_WIDTH, 0) : 0;
+        int count_ready = streams ? epoll_wait(epoll, ready, MAX_WIDTH, 0) : 0;
         for (int i = 0; i < count_ready; i++) hear(ready[i].data.ptr, &tcp, &requests, kept);
         if (datagrams) exchange_datagrams(udp_fd, width, &udp, &packets);
     }
-    printf("{\"done\": %ld, \"failed\": %ld, \"p50_us\": %d, \"p99_us\": %d, \"datagrams\": %ld, \"bad_datagrams\": %ld,"
-           " \"seconds\": %.6f}\n", requests.done, requests.failed, percentile_us(&requests, 0.5),
-           percentile_us(&requests, 0.99), packets.done, packets.failed, (now_us() - started_us) / 1e6);
+    print_figures(&requests, &packets, (now_us() - started_us) / 1e6);
     return 0;
 }

@@ -1,7 +1,7 @@
-"""Load a server as fast as it answers: load.c where there is a C compiler, else the same in Python.
+"""Load a server as fast as it answers: load.c if there is a C compiler, else the same in Python.
 
-Both have WIDTH requests under way and never sleep; each reply is counted by its beginning and its length.
-`python bench/load.py echo PORT` is a bare loop of recvfrom and sendto, to compare with.
+Both have WIDTH requests under way and never sleep. A reply counts by its beginning and its
+length. `python bench/load.py echo PORT` is a bare loop of recvfrom and sendto, to compare with.
 """
 
 from __future__ import annotations
@@ -18,15 +18,21 @@ from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCE = Path(__file__).parent / "load.c"
-HOST = "127.0.0.1"
-LOST_AFTER_S = 0.02  # without any datagram: those under way are lost
+from common import HERE, HOST, percentile
+
+SOURCE = HERE / "load.c"
+# After this time without any datagram, those under way are lost.
+LOST_AFTER_S = 0.02
 RECV_BYTES = 65_536
-EXTRA_S = 20  # for the generator to end by itself
+# How long the generator has to end by itself.
+EXTRA_S = 20
 
 
 class Kind(NamedTuple):
-    """Requests of one size, taken in turn, and how a right reply begins and how long it is (0: any length)."""
+    """Requests of one size, taken in turn, and the beginning and length of a right reply.
+
+    A length of 0 allows any.
+    """
 
     requests: list[bytes]
     prefix: bytes
@@ -46,18 +52,23 @@ class Figures(NamedTuple):
 
 
 class Generator:
-    """Load servers with the compiled load.c, or without a compiler with the Python below."""
+    """Load servers with the compiled load.c, or without a compiler with PythonLoad."""
 
     def __init__(self, directory: Path, width: int, *, compile_it: bool = True) -> None:
-        self.directory, self.width = directory, width
-        compiler = shutil.which("cc") if compile_it else None
-        self.program = directory / "load" if compiler else None
-        if compiler:
-            subprocess.run([compiler, "-std=c99", "-O2", "-o", str(self.program), str(SOURCE)], check=True)
+        self.directory = directory
+        self.width = width
+        self.program: Path | None = None
+        compiler = shutil.which("cc")
+        if compiler and compile_it:
+            self.program = directory / "load"
+            flags = ["-std=c99", "-O2", "-o", str(self.program)]
+            subprocess.run([compiler, *flags, str(SOURCE)], check=True)
 
     def echo(self, port: int) -> list[str]:
         """Return the command of a bare UDP echo server."""
-        return [str(self.program), "echo", str(port)] if self.program else [sys.executable, __file__, "echo", str(port)]
+        if self.program:
+            return [str(self.program), "echo", str(port)]
+        return [sys.executable, __file__, "echo", str(port)]
 
     def run(self, mode: str, port: int, seconds: float, *kinds: Kind) -> Figures:
         """Load a port: mode is fresh, kept, udp or both (kinds: of fresh, of udp)."""
@@ -67,9 +78,11 @@ class Generator:
         for number, kind in enumerate(kinds):
             path = self.directory / f"requests-{number}"
             path.write_bytes(b"".join(kind.requests))
-            command += [str(path), str(len(kind.requests)), str(kind.length), kind.prefix.decode("ascii")]
+            command += [str(path), str(len(kind.requests))]
+            command += [str(kind.length), kind.prefix.decode("ascii")]
         # Popen ends the child when Ctrl-C comes; run waits for it no longer than it may take.
-        done = subprocess.run(command, check=True, capture_output=True, timeout=seconds + EXTRA_S)
+        done = subprocess.run(
+            command, check=True, capture_output=True, timeout=seconds + EXTRA_S)
         return Figures(**json.loads(done.stdout))
 
 
@@ -82,44 +95,51 @@ class _Slot:
 
 
 class PythonLoad:
-    """The same as load.c, slower: the server's CPU is counted all the same."""
+    """The same as load.c, slower. The server's CPU is counted all the same."""
 
     def __init__(self, mode: str, port: int, width: int, kinds: tuple[Kind, ...]) -> None:
-        self.address, self.width = (HOST, port), width
-        self.kept, self.tcp = mode == "kept", mode != "udp"
+        self.address = (HOST, port)
+        self.width = width
+        self.kept = mode == "kept"
+        self.tcp = mode != "udp"
         self.kinds = kinds
         self.requests: list[Iterator[bytes]] = [cycle(kind.requests) for kind in kinds]
         self.epoll = select.epoll()
         self.sockets: dict[int, socket.socket] = {}
         self.slots: dict[int, _Slot] = {}
         self.taken_s: list[float] = []
-        self.failed = self.datagrams = self.bad_datagrams = self.under_way = 0
+        self.failed = 0
+        self.datagrams = 0
+        self.bad_datagrams = 0
+        self.under_way = 0
         self.heard_s = 0.0
 
     def run(self, seconds: float) -> Figures:
-        """Load for so many seconds."""
+        """Load for some seconds."""
         started_s = time.perf_counter()
-        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        udp.connect(self.address)
-        udp.setblocking(False)
-        with udp:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.connect(self.address)
+            udp.setblocking(False)
             for _ in range(self.width * self.tcp):
                 self._connect()
             while time.perf_counter() < started_s + seconds:
-                for number, _ in self.epoll.poll(0) if self.tcp else ():
-                    self._hear(number)
+                if self.tcp:
+                    self._hear_all()
                 if len(self.kinds) > self.tcp:
                     self._exchange_datagrams(udp)
         for opened in self.sockets.values():
             opened.close()
         self.epoll.close()
-        taken_us = sorted(1_000_000 * taken_s for taken_s in self.taken_s) or [0.0]
-        return Figures(len(self.taken_s), self.failed, round(taken_us[len(taken_us) // 2]),
-                       round(taken_us[len(taken_us) * 99 // 100]), self.datagrams, self.bad_datagrams,
-                       time.perf_counter() - started_s)
+        return Figures(
+            len(self.taken_s), self.failed, self._taken_us(50), self._taken_us(99),
+            self.datagrams, self.bad_datagrams, time.perf_counter() - started_s)
+
+    def _taken_us(self, percent: float) -> int:
+        return round(1e6 * percentile(self.taken_s, percent))
 
     def _connect(self) -> None:
-        opened = socket.create_connection(self.address)  # over at once on the loopback interface
+        # On the loopback interface this is over at once.
+        opened = socket.create_connection(self.address)
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         opened.setblocking(False)
         self.sockets[opened.fileno()] = opened
@@ -130,8 +150,13 @@ class PythonLoad:
         self.slots[opened.fileno()] = _Slot(time.perf_counter())
         opened.sendall(next(self.requests[0]))
 
+    def _hear_all(self) -> None:
+        for number, _ in self.epoll.poll(0):
+            self._hear(number)
+
     def _hear(self, number: int) -> None:
-        opened, slot = self.sockets[number], self.slots[number]
+        opened = self.sockets[number]
+        slot = self.slots[number]
         try:
             chunk = opened.recv(RECV_BYTES)
         except ConnectionError:
@@ -152,17 +177,22 @@ class PythonLoad:
     def _exchange_datagrams(self, udp: socket.socket) -> None:
         try:
             for _ in range(self.width):
-                right = _is_right(self.kinds[-1], udp.recv(RECV_BYTES))
-                self.datagrams += right
-                self.bad_datagrams += not right
-                self.under_way = max(0, self.under_way - 1)
-                self.heard_s = time.perf_counter()
+                self._count_datagram(udp.recv(RECV_BYTES))
         except BlockingIOError:
             if time.perf_counter() > self.heard_s + LOST_AFTER_S:
-                self.under_way, self.heard_s = 0, time.perf_counter()
+                self.under_way = 0
+                self.heard_s = time.perf_counter()
         for _ in range(self.width - self.under_way):
             udp.send(next(self.requests[-1]))
             self.under_way += 1
+
+    def _count_datagram(self, reply: bytes) -> None:
+        if _is_right(self.kinds[-1], reply):
+            self.datagrams += 1
+        else:
+            self.bad_datagrams += 1
+        self.under_way = max(0, self.under_way - 1)
+        self.heard_s = time.perf_counter()
 
 
 def _is_right(kind: Kind, reply: bytes) -> bool:

@@ -1,16 +1,16 @@
-"""Measure what opening and answering a link costs a side in CPU, without WebRTC and imports; one process is both."""
+"""Measure the CPU that a side uses to open and answer a link, without WebRTC and imports.
+
+One process is both sides.
+"""
 
 from __future__ import annotations
 
 import argparse
-import queue
-import statistics
+import asyncio
+import contextlib
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,61 +18,78 @@ import common
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import connectoid
+from connectoid.ice import Ice
+from connectoid.webrtc import Description, Report
 
-CANDIDATES = 15  # in an SDP of some 1.3 KB, as browsers have
-SDP = "v=0\r\n" + "a=candidate:1 1 udp 2130706431 192.0.2.1 50000 typ host generation 0 network-id 1\r\n" * CANDIDATES
+# An SDP of some 1.3 KB, as browsers have.
+CANDIDATES = 15 * (
+    "a=candidate:1 1 udp 2130706431 192.0.2.1 50000 typ host generation 0\r\n",)
+SDP = "".join((
+    "v=0\r\n",
+    "m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\n",
+    "a=sctp-port:5000\r\n",
+    "a=ice-ufrag:abcd\r\n",
+    "a=ice-pwd:abcdefghijklmnopqrstuv\r\n",
+    f"a=fingerprint:sha-256 {':'.join(32 * ['AB'])}\r\n",
+    "a=setup:active\r\n",
+    *CANDIDATES,
+))
 TIMEOUT_S = 60.0
-Report = Callable[[int, str, int, Any], None]
 
 
 class Wire:
-    """One end of a WebRTC that costs nothing: a thread that reports what the other end does."""
+    """One end of a WebRTC that costs nothing: it reports what the other end does."""
 
     def __init__(self) -> None:
         self.other = self
-        self._reports: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
-        self._contact, self._ask = 0, 0
+        self._contact = 0
+        self._attempt_id = 0
 
     def start(self, report: Report) -> None:
-        """Begin to report."""
-        def work() -> None:
-            while (item := self._reports.get()) is not None:
-                report(self._contact, item[0], self._ask, item[1])
+        """Begin: reports go there."""
+        self._loop = asyncio.get_running_loop()
+        self._report = report
 
-        threading.Thread(target=work, daemon=True).start()
+    def doubt(self) -> None:
+        """Do nothing: this network stays."""
 
-    def stop(self) -> None:
-        """End the thread."""
-        self._reports.put(None)
+    async def stop(self) -> None:
+        """Do nothing: there is nothing to close."""
 
-    def gather(self, contact: int, ask: int, offer: object, _ice_servers: Sequence[Any]) -> None:
+    def gather(
+        self, contact: int, attempt_id: int, offer: Description | None, ice: Ice,
+    ) -> None:
         """Have an SDP at once."""
-        self._contact, self._ask = contact, ask
-        self._reports.put(("gathered", {"type": "answer" if offer else "offer", "sdp": SDP}))
+        self._contact = contact
+        self._attempt_id = attempt_id
+        self._report_soon("gathered", {"type": "answer" if offer else "offer", "sdp": SDP})
 
-    def join(self, _contact: int, _ask: int, _answer: object) -> None:
+    def join(self, contact: int, attempt_id: int, answer: Description) -> None:
         """Open the channel at both ends."""
-        for end in (self, self.other):
-            end._reports.put(("opened", None))
+        self._report_soon("opened", None)
+        self.other._report_soon("opened", None)
 
-    def write(self, _contact: int, _ask: int, message: bytes | str) -> Future[None]:
+    async def write(self, contact: int, attempt_id: int, message: bytes | str) -> None:
         """Bring a message to the other end."""
-        self.other._reports.put(("message", message))
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+        self.other._report_soon("message", message)
 
-    def close(self, contact: int, ask: int) -> None:
+    def close(self, contact: int, attempt_id: int) -> None:
         """Do nothing: the process ends soon."""
+
+    def _report_soon(self, event: str, value: Any) -> None:
+        # The other end has a loop of its own, which may have ended.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(
+                self._report, self._contact, event, self._attempt_id, value)
 
 
 def pair(url: str, folder: Path) -> float:
-    """Pair Alice and Bob and return the milliseconds of CPU that it cost each, from the link to the proven channel."""
-    here, there = Wire(), Wire()
-    here.other, there.other = there, here
-    alice, bob = (connectoid.Connectoid(connectoid.Store(folder / name), [(url, None)], wire, allow_http=True)
-                  for name, wire in (("alice.db", here), ("bob.db", there)))
-    with alice, bob:
+    """Return the milliseconds of CPU for each side, from the link to the proven channel."""
+    here = Wire()
+    there = Wire()
+    here.other = there
+    there.other = here
+    with side(url, folder / "alice.db", here) as alice, side(url, folder / "bob.db", there) as bob:
         before_s = time.process_time()
         bob.open(alice.share("Bob", "https://app.example.com/"), "Alice")
         bob.connect("Alice", TIMEOUT_S)
@@ -80,21 +97,33 @@ def pair(url: str, folder: Path) -> float:
         return 1e3 * (time.process_time() - before_s) / 2
 
 
-def main() -> None:
+def side(url: str, path: Path, wire: Wire) -> connectoid.Connectoid:
+    """Return one side of the pair."""
+    return connectoid.Connectoid(
+        connectoid.Store(path), [(url, None)], wire, allow_http=True)
+
+
+def main() -> int:
     """Pair many times, and print the median with the least and the most."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=50, help="(default: %(default)s)")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, common.RelayProcess(Path(name), "--rate", "0") as relay:
-        url, found = f"http://{common.HOST}:{relay.port}/", []
+    found = []
+    with (
+        tempfile.TemporaryDirectory() as name,
+        common.RelayProcess(Path(name), "--rate", "0") as relay,
+    ):
+        url = f"http://{common.HOST}:{relay.port}/"
         for number in range(arguments.pairs + 1):
             folder = Path(name) / str(number)
             folder.mkdir()
             found.append(pair(url, folder))
-    del found[0]  # it has what is read and compiled at the first use
-    print(f"{common.machine()}, {arguments.pairs} pairs\n\nCPU of a side: {statistics.median(found):.1f} ms "
-          f"({min(found):.1f} to {max(found):.1f}; reach: 10)")
+    # The first one has what is read and compiled at the first use.
+    del found[0]
+    print(f"{common.machine()}, {arguments.pairs} pairs\n")
+    print(f"CPU of a side, ms: {common.spread(found, '.1f')}; reach: 10")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

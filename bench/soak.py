@@ -1,8 +1,8 @@
-"""Churn a relay for ten minutes and print what is left and what was lost (issue 4, Reach 7).
+"""Churn a relay for ten minutes and print what is left and what was lost.
 
 Many clients send, check, wait, receive and hang up half-way while the relay is stopped
 (SIGTERM) and killed (SIGKILL) at random; messages live for 10 s. A message is lost if it was
-acknowledged, has not expired and is not received. The exit code is 1 if one was, or came twice
+acknowledged, has not expired and is not received. The exit code is 1 if one was lost, came twice
 or in the wrong order, or if the database is damaged. Usage: python bench/soak.py 60
 """
 
@@ -17,38 +17,54 @@ import signal
 import socket
 import sqlite3
 import struct
-import sys
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import common
 
-TTL_S = 10  # of messages, questions and box rows
-FLAGS = (*common.NO_RATES, "--message-ttl", str(TTL_S), "--question-ttl", str(TTL_S), "--box-ttl", str(TTL_S))
-CLIENTS, BOXES = 24, 48
-WARM_UP_S, WARM_UP_SHARE = 8.0, 0.1  # of churn without restarts, at least: memory grows to its size in a minute
-CALM_SHARE = 0.2  # of the time at the end is without restarts, so that the last process has lived
-RESTART_S = (1.0, 8.0)  # from one to the next
-MARGIN_S = 1.0  # before its end a message does not count: a receive takes a while
-QUIET_LIMIT_S = 60.0  # in which all must have expired and the WAL be emptied
-MOST_GROWTH = 1.1  # of memory
-READERS = 17  # connections to the database that threads may open: 16 and the loop, each with two files
-RELAY_DOWN_S = 0.05  # before a client asks again
-RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
+# Of messages, questions and box rows.
+TTL_S = 10
+FLAGS = (
+    *common.NO_RATES, "--message-ttl", str(TTL_S), "--question-ttl", str(TTL_S),
+    "--box-ttl", str(TTL_S))
+CLIENTS = 24
+BOXES = 48
+# The least time of churn without restarts: memory grows to its size in a minute.
+WARM_UP_S = 8.0
+WARM_UP_SHARE = 0.1
+# The end of the time is without restarts, so that the last process has lived.
+CALM_SHARE = 0.2
+# From one restart to the next.
+RESTART_S = (1.0, 8.0)
+# Before its end a message does not count: a receive takes a while.
+MARGIN_S = 1.0
+# By then all must have expired, and the WAL must be empty.
+QUIET_LIMIT_S = 60.0
+# Of memory.
+MOST_GROWTH = 1.1
+# Connections to the database that threads may open: 16 and the loop, each with two files.
+READERS = 17
+# Before a client asks again when there is no relay.
+RELAY_DOWN_S = 0.05
+# SO_LINGER: close with a reset.
+RESET = struct.pack("ii", 1, 0)
+JOIN_TIMEOUT_S = 15.0
 
 
 class Sent:
-    """A message: when its send began, and when it was acknowledged, if it was; and its `at` once it is seen."""
+    """A message: when its send began, when it was acknowledged, and its `at` once it is seen."""
 
     __slots__ = ("acked_s", "at_us", "begin_s")
 
     def __init__(self) -> None:
-        self.begin_s, self.acked_s, self.at_us = time.monotonic(), float("inf"), 0
+        self.begin_s = time.monotonic()
+        self.acked_s = float("inf")
+        self.at_us = 0
 
 
 class Box:
@@ -57,41 +73,56 @@ class Box:
     def __init__(self, number: int) -> None:
         self.owner = common.Owner(number + 1)
         self.pub = self.owner.pub
-        self.receiving, self._lock = threading.Lock(), threading.Lock()
+        self.receiving = threading.Lock()
+        self._lock = threading.Lock()
         self._sent: dict[str, Sent] = {}
 
     def begin(self, sealed: str) -> Sent:
         """Note that a message is on its way."""
+        sent = Sent()
         with self._lock:
-            self._sent[sealed] = sent = Sent()
+            self._sent[sealed] = sent
         return sent
 
     def alive(self) -> dict[str, Sent]:
-        """Return what was acknowledged and will live for a while, and forget what is long gone."""
+        """Return what was acknowledged and will live for a while; forget what is long gone."""
         now_s = time.monotonic()
         with self._lock:
-            self._sent = {sealed: sent for sealed, sent in self._sent.items() if now_s < sent.begin_s + 6 * TTL_S}
+            self._sent = {
+                sealed: sent for sealed, sent in self._sent.items()
+                if now_s < sent.begin_s + 6 * TTL_S}
             return {sealed: sent for sealed, sent in self._sent.items() if sent.acked_s < now_s}
 
-    def judge(self, found: list[tuple[int, str]], expected: dict[str, Sent], end_s: float) -> Counter[str]:
+    def judge(
+        self, found: list[tuple[int, str]], expected: dict[str, Sent], end_s: float,
+    ) -> Counter[str]:
         """Return the mistakes in what was received."""
         with self._lock:
             sent = [self._sent.get(sealed) for _, sealed in found]
         known = [each for each in sent if each]
+        times_us = [at for at, _ in found]
         mistakes = Counter({
             "unknown": len(sent) - len(known),
             "doubled": len(found) - len({sealed for _, sealed in found}),
-            "lost": sum(sealed not in {got for _, got in found} and each.begin_s + TTL_S - MARGIN_S > end_s
-                        for sealed, each in expected.items())})
-        times_us = [at for at, _ in found]
-        mistakes["at not increasing"] = sum(second <= first for first, second in itertools.pairwise(times_us))
-        # What was acknowledged before another's send began has the smaller `at`.
-        mistakes["out of order"] = sum(second.acked_s < first.begin_s for first, second in itertools.pairwise(known))
-        for (at_us, _), each in zip(found, sent, strict=True):
+            "lost": lost(found, expected, end_s),
+            "at not increasing": sum(
+                second <= first for first, second in itertools.pairwise(times_us)),
+            # What was acknowledged before another's send began has the smaller `at`.
+            "out of order": sum(
+                second.acked_s < first.begin_s for first, second in itertools.pairwise(known)),
+        })
+        for at_us, each in zip(times_us, sent, strict=True):
             if each:
                 mistakes["at changed"] += each.at_us not in (0, at_us)
                 each.at_us = at_us
         return mistakes
+
+
+def lost(found: list[tuple[int, str]], expected: dict[str, Sent], end_s: float) -> int:
+    """Return how many messages had to be received and were not."""
+    received = {sealed for _, sealed in found}
+    missing = [sent for sealed, sent in expected.items() if sealed not in received]
+    return sum(sent.begin_s + TTL_S - MARGIN_S > end_s for sent in missing)
 
 
 # ---------------------------------------------------------------------------------------
@@ -103,81 +134,110 @@ class World:
     """What all clients share."""
 
     def __init__(self, seed: int) -> None:
-        self.seed, self.port = seed, 0
+        self.seed = seed
+        self.port = 0
         self.boxes = [Box(number) for number in range(BOXES)]
-        self.churning, self.ended = threading.Event(), threading.Event()
+        self.churning = threading.Event()
+        self.ended = threading.Event()
         self._lock = threading.Lock()
         self.events: Counter[str] = Counter()
         self.mistakes: Counter[str] = Counter()
 
-    def count(self, events: Counter[str], mistakes: Counter[str] | None = None) -> None:
-        """Add what a client has seen."""
+    def count(self, event: str, times: int = 1) -> None:
+        """Count what a client has seen."""
         with self._lock:
-            self.events.update(events)
-            self.mistakes.update(mistakes or Counter())
+            self.events[event] += times
+
+    def blame(self, mistakes: Counter[str]) -> None:
+        """Count the mistakes of the relay."""
+        with self._lock:
+            self.mistakes.update(mistakes)
 
 
 class Client:
     """One client, which does at random what clients do, the bad ones included."""
 
     def __init__(self, world: World, number: int) -> None:
-        self.world, self.source = world, f"127.0.2.{number + 1}"
+        self.world = world
+        self.source = f"127.0.2.{number + 1}"
         self.chance = random.Random(f"{world.seed}-{number}")
         self.deeds: dict[Callable[[Box], str], int] = {
-            self.send: 40, self.check: 15, self.receive: 15, self.poll: 6, self.break_off: 8, self.hang_up: 6,
-            self.pipeline: 5, self.talk_nonsense: 5}
+            self.send: 40,
+            self.check: 15,
+            self.receive: 15,
+            self.poll: 6,
+            self.break_off: 8,
+            self.hang_up: 6,
+            self.pipeline: 5,
+            self.talk_nonsense: 5,
+        }
 
     def live(self) -> None:
         """Do one thing after the other until the end."""
         while not self.world.ended.is_set():
-            if not self.world.churning.wait(0.2):
-                continue
-            deed, = self.chance.choices(list(self.deeds), list(self.deeds.values()))
-            try:
-                outcome = deed(self.chance.choice(self.world.boxes))
-            except (OSError, ValueError):  # ValueError: half a reply
-                outcome = "no reply"
-                time.sleep(RELAY_DOWN_S)
-            self.world.count(Counter({f"{deed.__name__}: {outcome}": 1}))
+            if self.world.churning.wait(0.2):
+                self._act()
 
-    def _ask(self, request: dict[str, object], timeout_s: float = 10.0) -> tuple[str, dict[str, object]]:
-        status, reply = common.ask(self.world.port, request, self.source, timeout_s)
-        return "ok" if status == 200 else reply["error"], reply
+    def _act(self) -> None:
+        (deed,) = self.chance.choices(list(self.deeds), list(self.deeds.values()))
+        try:
+            outcome = deed(self.chance.choice(self.world.boxes))
+        # Half a reply is a ValueError.
+        except (OSError, ValueError):
+            outcome = "no reply"
+            time.sleep(RELAY_DOWN_S)
+        self.world.count(f"{deed.__name__}: {outcome}")
+
+    def _ask(self, request: dict[str, Any]) -> str:
+        status, reply = common.ask(self.world.port, request, self.source)
+        if status == 200:
+            return "ok"
+        return str(reply["error"])
+
+    def _connect(self) -> socket.socket:
+        return common.connect(self.world.port, self.source)
+
+    def _flips_heads(self) -> bool:
+        return self.chance.random() < 0.5
+
+    def _any_at(self) -> int:
+        return self.chance.choice((0, common.LATER_AT))
 
     def send(self, box: Box) -> str:
         """Send, and remember it if it is acknowledged."""
         size = self.chance.choice((3, 300, 1_900, 1_900, 1_900, 20_000))
         sealed = common.encode(self.chance.randbytes(9 + size))
         sent = box.begin(sealed)
-        outcome, _ = self._ask(common.send(box.pub, sealed))
+        outcome = self._ask(common.send(box.pub, sealed))
         if outcome == "ok":
             sent.acked_s = time.monotonic()
         return outcome
 
     def check(self, box: Box) -> str:
         """Check."""
-        return self._ask(common.check(box.pub, self.chance.choice((0, common.LATER_AT))))[0]
+        return self._ask(common.check(box.pub, self._any_at()))
 
     def receive(self, box: Box) -> str:
         """Receive all that a box has, and judge it."""
         if not box.receiving.acquire(blocking=False):
             return "another does"
-        with contextlib.closing(_Release(box.receiving)):
+        try:
             expected = box.alive()
-            try:
-                found = common.receive_all(self.world.port, box.owner, self.source)
-            except RuntimeError:
-                return "refused"
-            mistakes = box.judge(found, expected, time.monotonic())
-            self.world.count(Counter({"messages received": len(found)}), mistakes)
+            found = common.receive_all(self.world.port, box.owner, self.source)
+            self.world.blame(box.judge(found, expected, time.monotonic()))
+        except RuntimeError:
+            return "refused"
+        finally:
+            box.receiving.release()
+        self.world.count("messages received", len(found))
         return "ok"
 
     def poll(self, box: Box) -> str:
         """Wait for a message that will not come, or for any; hang up half of the time."""
-        request = common.check(box.pub, self.chance.choice((0, common.LATER_AT)), 2)
-        if self.chance.random() < 0.5:
-            return self._ask(request)[0]
-        with common.connect(self.world.port, self.source) as client:
+        request = common.check(box.pub, self._any_at(), 2)
+        if self._flips_heads():
+            return self._ask(request)
+        with self._connect() as client:
             client.sendall(common.http_request(request))
             time.sleep(self.chance.random() / 4)
         return "hung up"
@@ -185,9 +245,9 @@ class Client:
     def break_off(self, box: Box) -> str:
         """Send a part of a request and close, or reset."""
         octets = common.http_request(common.send(box.pub))
-        with common.connect(self.world.port, self.source) as client:
+        with self._connect() as client:
             client.sendall(octets[:self.chance.randrange(1, len(octets))])
-            if self.chance.random() < 0.5:
+            if self._flips_heads():
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         return "done"
 
@@ -195,40 +255,39 @@ class Client:
         """Send a whole message and do not wait for the reply: it may be kept or not."""
         sealed = common.encode(self.chance.randbytes(1_909))
         box.begin(sealed)
-        with common.connect(self.world.port, self.source) as client:
+        with self._connect() as client:
             client.sendall(common.http_request(common.send(box.pub, sealed)))
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         return "done"
 
     def pipeline(self, box: Box) -> str:
-        """Send some checks at once and read only some of the replies."""
-        with common.connect(self.world.port, self.source) as client:
-            client.sendall(common.http_request(common.check(box.pub, common.LATER_AT)) * self.chance.randrange(2, 30))
+        """Send some checks at once and read only one of the replies."""
+        request = common.http_request(common.check(box.pub, common.LATER_AT))
+        with self._connect() as client:
+            client.sendall(request * self.chance.randrange(2, 30))
             common.read_reply(client)
         return "done"
 
     def talk_nonsense(self, _box: Box) -> str:
         """Send what is no request and read to the end."""
-        with common.connect(self.world.port, self.source) as client:
-            client.sendall(self.chance.choice((self.chance.randbytes(300), b"GET / HTTP/1.1\r\nX: \0\r\n\r\n",
-                                               common.http_request([1, 2, 3], close=True))))
+        nonsense = self.chance.choice((
+            self.chance.randbytes(300),
+            b"GET / HTTP/1.1\r\nX: \0\r\n\r\n",
+            common.http_request([1, 2, 3], close=True)))
+        with self._connect() as client:
+            client.sendall(nonsense)
             client.shutdown(socket.SHUT_WR)
             while client.recv(65536):
                 pass
         return "done"
 
 
-class _Release:
-    """Let go of a lock when closed."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self.close = lock.release
-
-
 @contextlib.contextmanager
 def clients(world: World) -> Iterator[None]:
-    """Have all clients live meanwhile."""
-    alive = [threading.Thread(target=Client(world, number).live, daemon=True) for number in range(CLIENTS)]
+    """Let all clients live meanwhile."""
+    alive = [
+        threading.Thread(target=Client(world, number).live, daemon=True)
+        for number in range(CLIENTS)]
     for thread in alive:
         thread.start()
     try:
@@ -236,7 +295,7 @@ def clients(world: World) -> Iterator[None]:
     finally:
         world.ended.set()
         for thread in alive:
-            thread.join(15)
+            thread.join(JOIN_TIMEOUT_S)
 
 
 # ---------------------------------------------------------------------------------------
@@ -255,26 +314,32 @@ class Use(NamedTuple):
 
     def is_quiet(self) -> bool:
         """Return whether nothing is left but the one row that the relay has of itself."""
-        return self.rows == {name: int(name == "relay") for name in self.rows} and not self.wal_bytes
+        quiet = {name: int(name == "relay") for name in self.rows}
+        return self.rows == quiet and not self.wal_bytes
 
 
 def use_of(relay: common.RelayProcess) -> Use:
     """Return what a relay uses now."""
+    rows = {}
+    tables = "SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name"
     with contextlib.closing(sqlite3.connect(f"{relay.db.as_uri()}?mode=ro", uri=True)) as db:
-        names = [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name")]
-        rows = {name: int(db.execute(f"SELECT count(*) FROM {name}").fetchone()[0]) for name in names}
-    return Use(common.threads(relay.pid), common.descriptors(relay.pid), common.memory_kib(relay.pid), rows,
-               relay.db.with_name(relay.db.name + "-wal").stat().st_size)
+        for (name,) in db.execute(tables).fetchall():
+            (rows[name],) = db.execute(f"SELECT count(*) FROM {name}").fetchone()
+    wal = relay.db.with_name(relay.db.name + "-wal")
+    return Use(
+        common.threads(relay.pid), common.descriptors(relay.pid),
+        common.memory_kib(relay.pid), rows, wal.stat().st_size)
 
 
 class Host:
-    """Whoever runs the relay, carelessly."""
+    """A careless host of the relay."""
 
     def __init__(self, directory: Path, seed: int) -> None:
-        self._directory, self._chance = directory, random.Random(f"{seed}-host")
+        self._directory = directory
+        self._chance = random.Random(f"{seed}-host")
         self.relay = common.RelayProcess(directory, *FLAGS)
         self.deaths: Counter[str] = Counter()
-        self.said: list[str] = []
+        self.said: Counter[str] = Counter()
         self.starts_s: list[float] = []
 
     def restart(self) -> None:
@@ -284,22 +349,27 @@ class Host:
         self.relay.stop(number)
         self._listen()
         self.deaths[number.name] += 1
-        self.deaths["failed to stop well"] += number == signal.SIGTERM and self.relay.popen.returncode != 0
+        if number == signal.SIGTERM and self.relay.popen.returncode != 0:
+            self.deaths["failed to stop well"] += 1
         self.relay = common.RelayProcess(self._directory, *FLAGS, port=port)
         self.starts_s.append(self.relay.ready_s)
 
     def _listen(self) -> None:
-        """Keep what the relay has said beside that it is ready."""
-        self.said += [line for line in self.relay.log().splitlines() if " listening on " not in line]
+        """Keep what the relay has said, except that it is ready."""
+        for line in self.relay.log().splitlines():
+            if " listening on " not in line:
+                self.said[line] += 1
 
     def churn(self, world: World, seconds: float, *, restarts: bool) -> None:
         """Let the clients live for some time."""
         end_s = time.monotonic() + seconds
-        calm_s = end_s - CALM_SHARE * seconds if restarts else 0.0
+        calm_s = 0.0
+        if restarts:
+            calm_s = end_s - CALM_SHARE * seconds
         world.port = self.relay.port
         world.churning.set()
-        while (now_s := time.monotonic()) < end_s:
-            time.sleep(max(0.0, min(end_s - now_s, self._chance.uniform(*RESTART_S))))
+        while (left_s := end_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, self._chance.uniform(*RESTART_S)))
             if time.monotonic() < calm_s:
                 self.restart()
         world.churning.clear()
@@ -308,8 +378,10 @@ class Host:
         """Wait until all has expired, and return what is used then."""
         give_up_s = time.monotonic() + QUIET_LIMIT_S
         time.sleep(TTL_S)
-        while not (use := use_of(self.relay)).is_quiet() and time.monotonic() < give_up_s:
+        use = use_of(self.relay)
+        while not use.is_quiet() and time.monotonic() < give_up_s:
             time.sleep(1)
+            use = use_of(self.relay)
         return use
 
     def end(self) -> str:
@@ -321,46 +393,68 @@ class Host:
 
 
 # ---------------------------------------------------------------------------------------
-# The run
+# The run.
 # ---------------------------------------------------------------------------------------
 
 
-def show(before: Use, after: Use, world: World, host: Host) -> None:
-    """Print what was counted."""
-    common.row("threads at the start, at the end", f"{before.threads}, {after.threads}", "the same",
-               before.threads == after.threads)
-    # A connection to the database is opened when all others are in use: how many there are is chance.
-    common.row("descriptors at the start, at the end", f"{before.descriptors}, {after.descriptors}",
-               f"the same but for at most {READERS} connections to the database",
-               after.descriptors <= before.descriptors + 2 * READERS)
-    common.row("memory at the start, at the end", f"{common.mib(before.memory_kib)}, {common.mib(after.memory_kib)}",
-               f"at most {MOST_GROWTH} times", after.memory_kib <= MOST_GROWTH * before.memory_kib)
-    common.row("rows at the start, at the end", f"{json.dumps(before.rows)}, {json.dumps(after.rows)}", "the same",
-               before.rows == after.rows)
-    common.row("bytes of WAL at the start, at the end", f"{before.wal_bytes}, {after.wal_bytes}", "the same",
-               before.wal_bytes == after.wal_bytes)
-    deaths = ", ".join(f"{name} {count}" for name, count in sorted(host.deaths.items()))
-    common.row("restarts; longest start", f"{deaths}; {max(host.starts_s, default=0):.2f} s", "0 failed",
-               not host.deaths["failed to stop well"])
-    sent, received = world.events["send: ok"], world.events["messages received"]
-    common.row("messages acknowledged; received (each as often as it was asked for)", f"{sent:,}; {received:,}")
-    common.row("what the clients did", ", ".join(f"{name} {count:,}" for name, count in sorted(world.events.items())))
-    common.row("what the relays said", "; ".join(f"{line} ({count})" for line, count in Counter(host.said).items())
-               or "nothing")
+def show_use(before: Use, after: Use) -> None:
+    """Print what is used before and after; the aim is the same."""
+    show_same("threads", before.threads, after.threads)
+    # A connection to the database is opened when all others are in use: how many there are is
+    # chance.
+    common.row(
+        "descriptors at the start, at the end", f"{before.descriptors}, {after.descriptors}",
+        f"the same but for at most {READERS} connections to the database",
+        after.descriptors <= before.descriptors + 2 * READERS)
+    common.row(
+        "memory at the start, at the end",
+        f"{common.mib(before.memory_kib)}, {common.mib(after.memory_kib)}",
+        f"at most {MOST_GROWTH} times", after.memory_kib <= MOST_GROWTH * before.memory_kib)
+    show_same("rows", json.dumps(before.rows), json.dumps(after.rows))
+    show_same("bytes of WAL", before.wal_bytes, after.wal_bytes)
+
+
+def show_same(what: str, before: int | str, after: int | str) -> None:
+    """Print two figures that have to be equal."""
+    common.row(
+        f"{what} at the start, at the end", f"{before}, {after}", "the same", before == after)
+
+
+def in_words(counted: Counter[str]) -> str:
+    """Return what was counted, by name."""
+    return ", ".join(f"{name} {count:,}" for name, count in sorted(counted.items()))
+
+
+def show_events(world: World, host: Host) -> None:
+    """Print what happened."""
+    longest_s = max(host.starts_s, default=0)
+    common.row(
+        "restarts; longest start", f"{in_words(host.deaths)}; {longest_s:.2f} s", "0 failed",
+        not host.deaths["failed to stop well"])
+    sent = world.events["send: ok"]
+    received = world.events["messages received"]
+    common.row(
+        "messages acknowledged; received (each as often as it was asked for)",
+        f"{sent:,}; {received:,}")
+    common.row("what the clients did", in_words(world.events))
+    said = "; ".join(f"{line} ({count})" for line, count in host.said.items())
+    common.row("what the relays said", said or "nothing")
 
 
 def verdict(world: World, integrity: str) -> bool:
     """Print what may not happen, and return whether it has not."""
     mistakes = "; ".join(f"{name} {count}" for name, count in world.mistakes.items())
-    well = not world.mistakes.total() and integrity == "ok" and world.events["send: ok"] > 0
-    common.row("mistakes in what was received", mistakes or "nothing received", "0", not world.mistakes.total())
+    faultless = not world.mistakes.total()
+    common.row(
+        "mistakes in what was received", mistakes or "nothing received", "0", faultless)
     common.row("PRAGMA integrity_check", integrity, "ok", integrity == "ok")
-    return well
+    return faultless and integrity == "ok" and world.events["send: ok"] > 0
 
 
 def soak(directory: Path, seconds: float, seed: int) -> bool:
     """Do it all, and return whether nothing was lost or damaged."""
-    world, host = World(seed), Host(directory, seed)
+    world = World(seed)
+    host = Host(directory, seed)
     try:
         with clients(world):
             fresh = use_of(host.relay)
@@ -371,24 +465,27 @@ def soak(directory: Path, seconds: float, seed: int) -> bool:
         integrity = host.end()
     finally:
         host.relay.stop(signal.SIGKILL)
-    common.row("fresh relay: threads, descriptors, memory",
-               f"{fresh.threads}, {fresh.descriptors}, {common.mib(fresh.memory_kib)}")
-    show(before, after, world, host)
+    common.row(
+        "fresh relay: threads, descriptors, memory",
+        f"{fresh.threads}, {fresh.descriptors}, {common.mib(fresh.memory_kib)}")
+    show_use(before, after)
+    show_events(world, host)
     return verdict(world, integrity)
 
 
 def read_arguments() -> argparse.Namespace:
     """Return what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seconds", type=float, nargs="?", default=600.0, help="of churn (%(default)s)")
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of all that is random")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("seconds", type=float, nargs="?", default=600.0, help="of churn (%(default)s)")
+    add("--seed", type=int, default=random.randrange(10**6), help="of all that is random")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Run it; the exit code is 1 if a message was lost, doubled or out of order, or the file is damaged."""
+    """Run it; the exit code is 1 if a message was lost or the file is damaged."""
     arguments = read_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the relay is stopped
     common.pin(common.LOAD_CORE)
     print(f"{arguments.seconds:.0f} s, seed {arguments.seed}; relay:", *FLAGS)
     common.heading()
@@ -397,7 +494,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    common.run(main)

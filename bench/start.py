@@ -4,44 +4,37 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 
-RELAY = Path(__file__).parent.parent / "connectoid_relay.py"
+import common
 
 
 def start_once() -> tuple[float, int]:
-    """Return the seconds from start to the first check answered, and the resident KiB."""
-    with tempfile.TemporaryDirectory() as directory:
-        started_s = time.perf_counter()
-        with subprocess.Popen([sys.executable, str(RELAY), "--port", "0"], cwd=directory,
-                              stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None
-            port = process.stderr.readline().rpartition(":")[2].strip()
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
-                assert answer.status == 200
-            taken_s = time.perf_counter() - started_s
-            status = Path(f"/proc/{process.pid}/status").read_text("ascii")
-            process.terminate()
-        return taken_s, int(status.partition("VmRSS:")[2].split()[0])
+    """Return the seconds from the start to the first answer, and the resident KiB."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        common.RelayProcess(Path(directory)) as relay,
+    ):
+        assert b'"ok": true' in common.get(relay.port, "/health")
+        taken_s = time.perf_counter() - relay.started_s
+        return taken_s, common.memory_kib(relay.pid)
 
 
-def main() -> None:
+def main() -> int:
     """Print the median, the minimum and the maximum of some runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=int, nargs="?", default=5, help="(default: %(default)s)")
     runs = [start_once() for _ in range(parser.parse_args().runs)]
-    seconds, kib = zip(*runs, strict=True)
-    print(f"Python {platform.python_version()}, {platform.machine()}, {len(runs)} runs: median (min to max)")
-    print(f"start to first answer  {statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f})")
-    print(f"resident memory then   {statistics.median(kib) / 1024:.1f} MiB ({min(kib) / 1024:.1f} to"
-          f" {max(kib) / 1024:.1f})")
+    seconds = [taken_s for taken_s, _ in runs]
+    mib = [kib / 1024 for _, kib in runs]
+    python = f"Python {platform.python_version()}, {platform.machine()}"
+    print(f"{python}, {len(runs)} runs: median (min to max)")
+    print(f"start to first answer, s   {common.spread(seconds, '.3f')}")
+    print(f"resident memory then, MiB  {common.spread(mib, '.1f')}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -2,7 +2,7 @@
 
 Usage: python bench/stock_server.py PORT
 
-It is ThreadingHTTPServer as it comes, but for a longer backlog, no log, and no delay of small packets.
+It is ThreadingHTTPServer as it comes, with a longer backlog, no log and no delay of small packets.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ import json
 import sys
 
 NOTHING = json.dumps({"ok": True, "found": False}).encode()
-BACKLOG = 1_024  # connections that the kernel holds; the default of 5 would refuse some
+# Connections that the kernel holds; the default of 5 would refuse some.
+BACKLOG = 1_024
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Parse the JSON of a check and find nothing."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body go out in two writes; else kept connections wait 40 ms
+    # Head and body go out in two writes: with the delay, kept connections would wait 40 ms.
+    disable_nagle_algorithm = True
 
     def do_POST(self) -> None:
         """Answer."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(200 if request.get("action") == "check" else 400)
+        status = 400
+        if request.get("action") == "check":
+            status = 200
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(NOTHING)))
         self.end_headers()
@@ -35,7 +40,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A server that can be given many connections at once."""
+    """A server that takes many connections at once."""
 
     request_queue_size = BACKLOG
 

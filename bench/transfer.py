@@ -1,4 +1,7 @@
-"""Compare `connectoid send` of a large file with bare aiortc on this machine: two processes each, alternating."""
+"""Compare `connectoid send` of a large file with bare aiortc on this machine.
+
+Each is two processes; they take turns.
+"""
 
 from __future__ import annotations
 
@@ -21,44 +24,59 @@ from typing import Any
 import aiortc
 import common
 
-CLI = Path(__file__).parent.parent / "connectoid_cli.py"
-CHUNKS = (16_384, 60_000, 262_144)  # bytes of a message: what browsers are sure to take, ours, and more
-BUFFERED_BYTES = 1024 * 1024  # as much as connectoid.py lets wait
+ROOT = Path(__file__).parent.parent
+# Bytes of a message: a size that all browsers take, ours, and a larger one.
+OUR_CHUNK_BYTES = 60_000
+CHUNKS = (16_384, OUR_CHUNK_BYTES, 262_144)
+BUFFERED_BYTES = 1024 * 1024
 TIMEOUT_S = 300.0
 
 # ---------------------------------------------------------------------------------------
 # Bare aiortc: two processes that exchange their SDP over a pipe. The first sends chunks as
-# long as there is room, the second counts; the time is from the first chunk to the last.
+# long as there is room, the second counts. The time is from the first chunk to the last.
 # ---------------------------------------------------------------------------------------
 
 
-async def describe(connection: Any, pipe: Connection, offer: bool) -> None:
-    """Connect two peer connections through a pipe."""
+async def offer_through(pipe: Connection, connection: Any) -> None:
+    """Connect to the other process, which answers."""
+    await connection.setLocalDescription(await connection.createOffer())
+    await _send_description(pipe, connection)
+    await _take_description(pipe, connection)
 
-    async def take() -> None:
-        sdp, kind = await asyncio.to_thread(pipe.recv)
-        await connection.setRemoteDescription(aiortc.RTCSessionDescription(sdp, kind))
 
-    if not offer:
-        await take()
-    await connection.setLocalDescription(await (connection.createOffer() if offer else connection.createAnswer()))
-    pipe.send((connection.localDescription.sdp, connection.localDescription.type))
-    if offer:
-        await take()
+async def answer_through(pipe: Connection, connection: Any) -> None:
+    """Connect to the other process, which offers."""
+    await _take_description(pipe, connection)
+    await connection.setLocalDescription(await connection.createAnswer())
+    await _send_description(pipe, connection)
+
+
+async def _send_description(pipe: Connection, connection: Any) -> None:
+    description = connection.localDescription
+    pipe.send((description.sdp, description.type))
+
+
+async def _take_description(pipe: Connection, connection: Any) -> None:
+    sdp, kind = await asyncio.to_thread(pipe.recv)
+    await connection.setRemoteDescription(aiortc.RTCSessionDescription(sdp, kind))
 
 
 async def send_bare(pipe: Connection, size: int, chunk_bytes: int) -> float:
-    """Send so many bytes and return the seconds until the other has them."""
+    """Send this many bytes and return the seconds until the other has them."""
     connection = aiortc.RTCPeerConnection()
     channel = connection.createDataChannel("bench")
-    opened, room, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    opened = asyncio.Event()
+    room = asyncio.Event()
+    done = asyncio.Event()
     channel.on("open", opened.set)
     channel.on("message", lambda _: done.set())
     channel.on("bufferedamountlow", room.set)
     channel.bufferedAmountLowThreshold = BUFFERED_BYTES // 2
-    await describe(connection, pipe, offer=True)
+    await offer_through(pipe, connection)
     await opened.wait()
-    began_s, block = time.perf_counter(), bytes(chunk_bytes)
+
+    began_s = time.perf_counter()
+    block = bytes(chunk_bytes)
     for start in range(0, size, chunk_bytes):
         channel.send(block[:size - start])
         if channel.bufferedAmount > BUFFERED_BYTES:
@@ -71,7 +89,7 @@ async def send_bare(pipe: Connection, size: int, chunk_bytes: int) -> float:
 
 
 async def receive_bare(pipe: Connection, size: int) -> None:
-    """Count so many bytes and say that they are there."""
+    """Count this many bytes and say that they are there."""
     connection = aiortc.RTCPeerConnection()
     closed = asyncio.Event()
     got = 0
@@ -87,7 +105,7 @@ async def receive_bare(pipe: Connection, size: int) -> None:
         channel.on("close", closed.set)
 
     connection.on("datachannel", watch)
-    await describe(connection, pipe, offer=False)
+    await answer_through(pipe, connection)
     await closed.wait()
     await connection.close()
 
@@ -125,23 +143,28 @@ class People:
 
     def start(self, who: str, *argv: str) -> subprocess.Popen[str]:
         """Start a command."""
-        command = [sys.executable, str(CLI), *argv, "--json", "--store", str(self.folder / f"{who}.db")]
-        return subprocess.Popen(command, env={**os.environ, "CONNECTOID_RELAY": self._relay}, cwd=self.folder,
-                                text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        store = str(self.folder / f"{who}.db")
+        command = [sys.executable, "-m", "connectoid", *argv, "--json", "--store", store]
+        environment = {
+            **os.environ, "CONNECTOID_RELAY": self._relay, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(
+            command, env=environment, cwd=self.folder, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE)
 
     @staticmethod
     def events(process: subprocess.Popen[str], wanted: str) -> dict[str, Any]:
         """Return the first event of a kind."""
         assert process.stdout is not None
         for line in process.stdout:
-            if (event := json.loads(line))["event"] == wanted:
+            event = json.loads(line)
+            if event["event"] == wanted:
                 return dict(event)
         raise SystemExit(f"connectoid ended without {wanted!r}")
 
     def send_s(self, path: Path) -> float:
-        """Return the seconds of a transfer: from the connection until both know that the hash is right."""
+        """Return the seconds from the connection until both know that the hash is right."""
         inbox = Path(tempfile.mkdtemp(dir=self.folder))
-        receiver = self.start("Bob", "receive", "Alice", "--dir", str(inbox))
+        receiver = self.start("Bob", "receive", "Alice", "--yes", "--dir", str(inbox))
         sender = self.start("Alice", "send", "Bob", str(path))
         self.events(sender, "connected")
         began_s = time.perf_counter()
@@ -157,34 +180,55 @@ class People:
 @contextlib.contextmanager
 def paired(size: int) -> Iterator[tuple[People, Path]]:
     """Pair two people through a relay, with a file of random bytes."""
-    with tempfile.TemporaryDirectory() as name, common.RelayProcess(Path(name)) as relay:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        common.RelayProcess(Path(name)) as relay,
+    ):
         path = Path(name) / "large.bin"
         path.write_bytes(os.urandom(size))
         yield People(Path(name), relay), path
 
 
-def main() -> None:
+OURS = "connectoid send"
+
+
+def title(chunk_bytes: int) -> str:
+    """Return the name of a transfer by aiortc alone."""
+    return f"aiortc, messages of {chunk_bytes:,} bytes"
+
+
+def measure(size: int, rounds: int) -> dict[str, list[float]]:
+    """Return MB per second of all rounds."""
+    found: dict[str, list[float]] = {OURS: []}
+    found |= {title(chunk_bytes): [] for chunk_bytes in CHUNKS}
+    megabytes = size / 1e6
+    with paired(size) as (people, path):
+        for _ in range(rounds):
+            found[OURS].append(megabytes / people.send_s(path))
+            for chunk_bytes in CHUNKS:
+                found[title(chunk_bytes)].append(megabytes / bare_s(size, chunk_bytes))
+    return found
+
+
+def main() -> int:
     """Measure in turn, and print medians with the least and the most, and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--megabytes", type=int, default=100, help="(default: %(default)s)")
     arguments = parser.parse_args()
-    size = arguments.megabytes * 1_000_000
-    found: dict[str, list[float]] = {}
-    with paired(size) as (people, path):
-        for _ in range(arguments.rounds):
-            found.setdefault("connectoid send", []).append(size / 1e6 / people.send_s(path))
-            for chunk_bytes in CHUNKS:
-                name = f"aiortc, messages of {chunk_bytes:,} bytes"
-                found.setdefault(name, []).append(size / 1e6 / bare_s(size, chunk_bytes))
-    print(f"{common.machine()}, {arguments.rounds} rounds\n\n| {arguments.megabytes} MB | MB/s |\n|---|---|")
+    found = measure(arguments.megabytes * 1_000_000, arguments.rounds)
+    print(f"{common.machine()}, {arguments.rounds} rounds\n")
+    print(f"| {arguments.megabytes} MB | MB/s |\n|---|---|")
     for name, values in found.items():
-        print(f"| {name} | {statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f}) |")
+        print(f"| {name} | {common.spread(values, '.1f')} |")
     medians = {name: statistics.median(values) for name, values in found.items()}
-    ours = medians.pop("connectoid send")
-    print(f"\nOf the best of aiortc: {ours / max(medians.values()):.2f}; of messages as large as ours: "
-          f"{ours / medians[f'aiortc, messages of {CHUNKS[1]:,} bytes']:.2f} (reach: 0.8)")
+    ours = medians.pop(OURS)
+    best = ours / max(medians.values())
+    like = ours / medians[title(OUR_CHUNK_BYTES)]
+    print(f"\nOf the best of aiortc: {best:.2f};"
+          f" of messages as large as ours: {like:.2f} (reach: 0.8)")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -1,10 +1,12 @@
 #!/bin/sh
-# Install, upgrade or remove the relay on Debian 12 or Raspberry Pi OS, from a checkout. It
-# does what README.md, "On a VPS, under systemd", does by hand, and may come after that; done
-# twice it changes nothing. What a host wrote or the relay keeps goes with --purge alone.
+# Install, upgrade or remove the relay on Debian 12 or Raspberry Pi OS, from a checkout.
+#
+# It does what docs/hosting.md, "On a VPS, under systemd", does by hand, and can follow it. The
+# second run changes nothing. Only --purge deletes settings and messages.
 set -eu
 umask 022
-PATH=/usr/sbin:/usr/bin:/sbin:/bin # root may have a Python in its home, where the relay may not look
+# Root may have a Python in its home, which the relay cannot read.
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
 
 home=/opt/connectoid
 settings=/etc/connectoid
@@ -13,20 +15,22 @@ admin=/usr/local/bin/connectoid-admin
 state=/var/lib/connectoid-relay
 service=connectoid-relay.service
 socket=connectoid-relay.socket
-needs='cryptography>=47' # the first with HPKE
+# The first version with HPKE.
+needs='cryptography>=47'
 checkout=$(cd "$(dirname "$0")/.." && pwd)
-changed=$home/changed # is there while a running relay does not know of something; we may be interrupted
+# This file exists while a running relay does not know of a change, even if we are interrupted.
+changed=$home/changed
 new_socket=''
 
 usage() {
     cat <<'WORDS'
 usage: install.sh install [--flags TEXT] | upgrade | remove [--purge]
 
-install   Python's virtual environment, relay, connectoid-admin, units, group; start the relay.
-          --flags are the relay's, for /etc/connectoid/relay.env if there is none yet
-          (default: --port 8080)
-upgrade   the same over what is installed; the relay restarts if something has changed
-remove    all that was installed; settings and messages stay, but with --purge
+install   install a virtual environment for Python, the relay, connectoid-admin, units and
+          a group, and start the relay. --flags are the relay's: they go into
+          /etc/connectoid/relay.env if there is none yet (default: --port 8080)
+upgrade   install again over an installation; the relay restarts if something has changed
+remove    remove all that was installed, but settings and messages only with --purge
 WORDS
 }
 
@@ -37,16 +41,17 @@ fail() {
     exit "${2:-1}"
 }
 
-# In a chroot or an image that is being built nothing can be started, only enabled.
+# In a chroot, or in an image that is being built, units can be enabled but not started.
 systemd_runs() { [ -d /run/systemd/system ]; }
 
 check_checkout() {
-    for file in connectoid_relay.py connectoid_admin.py systemd/connectoid-certificate "systemd/$service" "systemd/$socket"; do
+    for file in connectoid_relay.py connectoid_admin.py \
+        systemd/connectoid-certificate "systemd/$service" "systemd/$socket"; do
         [ -f "$checkout/$file" ] || fail "$checkout has no $file: run this from a whole checkout"
     done
 }
 
-# Copy a file, with a mode, if it is not there as it is; a relay that runs has to be told.
+# Copy a file, with a mode, unless the same one is there. A change concerns a running relay.
 put() {
     if [ -f "$3" ] && cmp -s "$2" "$3"; then return; fi
     : >"$changed"
@@ -56,24 +61,28 @@ put() {
 find_python() {
     command -v python3 >/dev/null || get_package python3
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        fail "$(python3 --version) is too old: it takes 3.11, which Debian 12 has"
+        fail "$(python3 --version) is too old: the relay needs 3.11, which Debian 12 has"
     python3 -c 'import ensurepip, venv' 2>/dev/null || get_package python3-venv
 }
 
 get_package() {
     command -v apt-get >/dev/null || fail "install $1 first"
     say "installing $1"
-    # A new machine may be at its first updates: dpkg's lock is waited for, that of the lists cannot be.
-    apt-get update -qq || say 'apt-get update failed; trying with what is known'
-    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends "$1" >/dev/null
+    # A new machine may still be installing its first updates. apt can wait for dpkg's lock, but
+    # not for the lock of its lists.
+    apt-get update -qq || say 'apt-get update failed; trying with the lists that are here'
+    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 \
+        install -y -qq --no-install-recommends "$1" >/dev/null
 }
 
-# A new release of Debian has another Python, of which the old environment knows nothing.
+# A new release of Debian brings another Python, for which the environment is made anew.
 make_environment() {
     install -d -m 0755 "$home"
-    chown -R root:root "$home" # whoever made it: root runs what is in it
+    # Somebody else may have made the folder, but root runs what is in it.
+    chown -R root:root "$home"
     version='import sys, ensurepip; print(sys.version_info[:2])'
-    whole='import sys, pip; print(sys.version_info[:2])' # it may have been interrupted
+    # Without pip the environment is not whole: its making was interrupted.
+    whole='import sys, pip; print(sys.version_info[:2])'
     if [ "$("$home/bin/python" -c "$whole" 2>/dev/null)" != "$(python3 -c "$version")" ]; then
         say "making a virtual environment in $home"
         python3 -m venv --clear "$home"
@@ -92,20 +101,27 @@ put_files() {
     cmp -s "$checkout/systemd/$socket" "$units/$socket" || new_socket=yes
     put 0644 "$checkout/systemd/$socket" "$units/$socket"
     mkdir -p "$(dirname "$admin")"
-    # -I: nothing from the folder where it is typed, and root's environment, gets in.
+    # -I ignores the current folder and root's environment.
     cat >"$admin.new" <<WORDS
 #!/bin/sh
 export STATE_DIRECTORY="\${STATE_DIRECTORY:-$state}"
-exec $home/bin/python -I -c 'import sys; sys.path.insert(0, "$home"); sys.argv[0] = "connectoid-admin"
-from connectoid_admin import main; sys.exit(main())' "\$@"
+exec $home/bin/python -I -c '
+import sys
+sys.path.insert(0, "$home")
+sys.argv[0] = "connectoid-admin"
+from connectoid_admin import main
+sys.exit(main())' "\$@"
 WORDS
     chmod 0755 "$admin.new"
     mv -f "$admin.new" "$admin"
 }
 
 understood() {
-    "$home/bin/python" -I -c 'import shlex, sys; sys.path.insert(0, sys.argv[1])
-from connectoid_relay import build_parser; build_parser("--flags").parse_args(shlex.split(sys.argv[2]))' "$home" "$1"
+    "$home/bin/python" -I -c '
+import shlex, sys
+sys.path.insert(0, sys.argv[1])
+from connectoid_relay import build_parser
+build_parser("--flags").parse_args(shlex.split(sys.argv[2]))' "$home" "$1"
 }
 
 put_settings() {
@@ -114,7 +130,7 @@ put_settings() {
     if [ -f "$settings/relay.env" ]; then
         [ -z "$1" ] || say "$settings/relay.env stays as it is; --flags are for a new one"
     else
-        understood "$1" || fail 'the relay is not started; mend --flags' 2
+        understood "$1" || fail 'the relay is not started; correct --flags' 2
         printf 'FLAGS=%s\n' "${1:---port 8080}" >"$settings/relay.env"
     fi
 }
@@ -128,12 +144,14 @@ start() {
     systemctl daemon-reload
     systemctl enable --quiet "$service"
     if [ "$new_socket" ] && systemctl is-active --quiet "$socket"; then
-        systemctl stop "$service" "$socket" # it is refused while the service has the port
+        # The socket cannot start while the service has the port.
+        systemctl stop "$service" "$socket"
         systemctl start "$socket"
     fi
     if ! systemctl "$([ -e "$changed" ] && echo restart || echo start)" "$service"; then
         journalctl -u "$service" -n 5 -o cat --no-pager >&2
-        fail "the relay does not start; its flags are in $settings/relay.env, its log is journalctl -u connectoid-relay"
+        see="its flags are in $settings/relay.env, its log is journalctl -u connectoid-relay"
+        fail "the relay does not start; $see"
     fi
     rm -f "$changed"
     say "the relay runs; sudo connectoid-admin check looks at it"
@@ -166,7 +184,8 @@ remove() {
     rm -rf "${home:?}" "$admin"
     if [ "$1" ]; then
         # The first of the two is a link to the second under systemd.
-        rm -rf "${state:?}" /var/lib/private/connectoid-relay "${settings:?}" "$units/$socket.d" "$units/$service.d" \
+        rm -rf "${state:?}" /var/lib/private/connectoid-relay "${settings:?}" \
+            "$units/$socket.d" "$units/$service.d" \
             /etc/cron.d/connectoid-certificate /etc/cron.d/connectoid-backup
         ! getent group connectoid >/dev/null || groupdel connectoid
         say "removed, with settings and messages"

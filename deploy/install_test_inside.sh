@@ -1,14 +1,15 @@
 #!/bin/sh
-# What install_test.sh does within the clean Debian: install, use, lose the disk, upgrade, remove.
+# Within the clean Debian of install_test.sh: install, use, lose the disk, upgrade, remove.
 set -eu
 cd /root/checkout
 url=http://127.0.0.1:$PORT/
 state=/var/lib/connectoid-relay
-pub=A6qHyiK-iwU3jrHHHvMgrXRuHTtii6ebmFn3QeCCVCo4VQLyXb9VKWw6VF44cnYKtw # any point on the curve
+# Any point on the curve.
+pub=A6qHyiK-iwU3jrHHHvMgrXRuHTtii6ebmFn3QeCCVCo4VQLyXb9VKWw6VF44cnYKtw
 
 step() { echo "ok    $1"; }
 
-# Say what failed, and what the relay says to that.
+# Say what is missing, and print the end of the relay's log.
 fail() {
     echo "FAILED $1"
     ! systemd_runs || journalctl -u connectoid-relay --no-pager -n 20
@@ -17,37 +18,50 @@ fail() {
 
 systemd_runs() { [ -d /run/systemd/system ]; }
 pid() { systemctl show -p MainPID --value connectoid-relay; }
-put_message() { curl -s "$url" -d '{"pub": "'$pub'", "action": "send", "data": "QUJD"}' | grep -q '"ok": true'; }
-healthy() { curl -s --retry 20 --retry-connrefused --retry-delay 1 "${url}health" | grep -q '"ok": true'; }
 messages() { connectoid-admin stats --json 2>/dev/null | grep -c "\"messages\": $1,"; }
+owners() { find $state/ -exec stat -c %u {} + | sort -u | wc -l; }
 
-# Without systemd the relay is run as the unit says, but for the sandbox.
+put_message() {
+    curl -s "$url" -d '{"pub": "'$pub'", "action": "send", "data": "QUJD"}' | grep -q '"ok": true'
+}
+
+healthy() {
+    curl -s --retry 20 --retry-connrefused --retry-delay 1 "${url}health" | grep -q '"ok": true'
+}
+
+# Start, stop or restart the relay. Without systemd it runs as in the unit, but for the sandbox.
 relay() {
-    if systemd_runs; then systemctl "$1" connectoid-relay; else
-        if [ -f /run/relay.pid ]; then kill "$(cat /run/relay.pid)" && sleep 2 && rm /run/relay.pid; fi
-        [ "$1" = stop ] || {
-            mkdir -p $state
-            STATE_DIRECTORY=$state /opt/connectoid/bin/python /opt/connectoid/connectoid_relay.py --port "$PORT" \
-                --host 127.0.0.1 2>/run/relay.log &
-            echo $! >/run/relay.pid
-        }
+    if systemd_runs; then
+        systemctl "$1" connectoid-relay
+        return
     fi
+    if [ -f /run/relay.pid ]; then
+        kill "$(cat /run/relay.pid)" && sleep 2 && rm /run/relay.pid
+    fi
+    [ "$1" != stop ] || return 0
+    mkdir -p $state
+    STATE_DIRECTORY=$state /opt/connectoid/bin/python /opt/connectoid/connectoid_relay.py \
+        --port "$PORT" --host 127.0.0.1 2>/run/relay.log &
+    echo $! >/run/relay.pid
 }
 
 first_install() {
     ! sh deploy/install.sh upgrade >out 2>&1 || fail 'no upgrade of nothing'
     grep -q 'nothing is installed' out || fail 'upgrade of nothing'
-    mkdir /opt/connectoid && cp connectoid_relay.py /opt/connectoid/ && chown -R 1234 /opt/connectoid
-    ! sh deploy/install.sh install --flags '--prot 1' >out 2>&1 || fail 'no install with wrong flags'
+    mkdir /opt/connectoid
+    cp connectoid_relay.py /opt/connectoid/
+    chown -R 1234 /opt/connectoid
+    ! sh deploy/install.sh install --flags '--prot 1' >out 2>&1 ||
+        fail 'no install with wrong flags'
     grep -q -e --prot out || fail 'which flag is wrong'
     [ ! -e /etc/connectoid/relay.env ] || fail 'wrong flags are not kept'
     [ -z "$(find /opt/connectoid ! -user root)" ] || fail 'a folder that is of root alone'
-    sh deploy/install.sh install --flags "--port $PORT --host 127.0.0.1 --contact 'Alice \\n <me@example.com>'"
+    flags="--port $PORT --host 127.0.0.1 --contact 'Alice \\n <me@example.com>'"
+    sh deploy/install.sh install --flags "$flags"
     systemd_runs || relay start
     healthy || fail 'a relay that is well'
     [ "$(stat -c %a:%G /etc/connectoid)" = 750:connectoid ] || fail 'settings for the group alone'
-    [ "$(cat /etc/connectoid/relay.env)" = "FLAGS=--port $PORT --host 127.0.0.1 --contact 'Alice \\n <me@example.com>'" ] ||
-        fail 'flags as they were given'
+    [ "$(cat /etc/connectoid/relay.env)" = "FLAGS=$flags" ] || fail 'flags as they were given'
     step 'install: the relay is well'
 }
 
@@ -60,7 +74,7 @@ second_install() {
     step 'install again: nothing has changed, the relay was not restarted'
 }
 
-# Of a relay whose files are new and who was not told, and of one that does not start.
+# Install over a relay that does not know of its new files, and over one that does not start.
 interrupted_install() {
     systemd_runs || return 0
     : >/opt/connectoid/changed
@@ -107,17 +121,17 @@ lose_the_disk() {
     step 'restore after a lost disk, delete'
 }
 
-# Files that root makes while the relay is not there have to be the relay's.
+# Files that root makes while the relay is stopped must belong to the relay.
 belong() {
-    [ "$(find $state/ -exec stat -c %u {} + | sort -u | wc -l)" = 1 ] || fail "one owner: $(ls -ln $state/)"
+    [ "$(owners)" = 1 ] || fail "one owner: $(ls -ln $state/)"
     relay stop
     rm $state/connectoid.db-lock
     connectoid-admin check >/dev/null || true
-    [ "$(find $state/ -exec stat -c %u {} + | sort -u | wc -l)" = 1 ] || fail "one owner: $(ls -ln $state/)"
+    [ "$(owners)" = 1 ] || fail "one owner: $(ls -ln $state/)"
     relay start
     healthy || fail 'a relay that may use its files'
     put_message || fail 'and write them'
-    step 'what connectoid-admin makes is the relay'"'"'s'
+    step 'files of connectoid-admin belong to the relay'
 }
 
 old_schema() {
@@ -143,7 +157,8 @@ upgrade() {
     if systemd_runs; then [ "$before" != "$(pid)" ] || fail 'a new relay'; else relay restart; fi
     healthy || fail 'a relay after the upgrade'
     tail -n 1 /opt/connectoid/connectoid_relay.py | grep -q newer || fail 'the new file'
-    [ "$(connectoid-admin stats --json 2>/dev/null | grep '"messages"')" = "$(grep '"messages"' /root/before)" ] ||
+    connectoid-admin stats --json >/root/after 2>/dev/null
+    [ "$(grep '"messages"' /root/after)" = "$(grep '"messages"' /root/before)" ] ||
         fail 'the messages of before'
     step 'upgrade: a new relay, the old messages'
 }
@@ -160,8 +175,9 @@ environment_of_another_python() {
 journal() {
     systemd_runs || return 0
     journalctl -u connectoid-relay -o cat --no-pager | grep -q 'listening on' || fail 'a ready line'
-    echo "log levels: $(journalctl -u connectoid-relay _COMM=python -o json --output-fields=PRIORITY --no-pager |
-        grep -o '"PRIORITY":"."' | sort | uniq -c | tr '\n' ' ')"
+    levels=$(journalctl -u connectoid-relay _COMM=python -o json --output-fields=PRIORITY \
+        --no-pager | grep -o '"PRIORITY":"."' | sort | uniq -c | tr '\n' ' ')
+    echo "log levels: $levels"
     step 'journal'
 }
 
@@ -170,7 +186,8 @@ removal() {
     sh deploy/install.sh remove
     [ -f $state/connectoid.db ] || fail 'messages that stay'
     [ -f /etc/connectoid/relay.env ] || fail 'settings that stay'
-    ! systemd_runs || ! systemctl is-active --quiet connectoid-relay || fail 'a relay that has stopped'
+    ! systemd_runs || ! systemctl is-active --quiet connectoid-relay ||
+        fail 'a relay that has stopped'
     sh deploy/install.sh install
     systemd_runs || relay start
     healthy || fail 'install after removal'
@@ -178,7 +195,8 @@ removal() {
     systemd_runs || relay stop
     sh deploy/install.sh remove --purge
     sh deploy/install.sh remove --purge || fail 'removal of nothing'
-    left=$(find / -xdev \( -path /proc -o -path /root -o -path /sys \) -prune -o -iname '*connectoid*' -print | grep -v ^/var/log || true)
+    left=$(find / -xdev \( -path /proc -o -path /root -o -path /sys \) -prune \
+        -o -iname '*connectoid*' -print | grep -v ^/var/log || true)
     [ -z "$left" ] || fail "nothing left: $left"
     ! getent group connectoid || fail 'no group left'
     step 'remove keeps, remove --purge leaves nothing'
@@ -186,7 +204,11 @@ removal() {
 
 trap '[ ! -f /run/relay.pid ] || kill "$(cat /run/relay.pid)"' EXIT
 python3 -c 'import ensurepip' 2>/dev/null || echo 'a Debian without python3-venv'
-systemd_runs && echo "systemd $(systemctl --version | head -n 1 | cut -d' ' -f2) runs" || echo 'without systemd'
+if systemd_runs; then
+    echo "systemd $(systemctl --version | head -n 1 | cut -d' ' -f2) runs"
+else
+    echo 'without systemd'
+fi
 first_install
 second_install
 interrupted_install

@@ -18,11 +18,15 @@ import boto3
 from botocore.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DYNALITE = ROOT / "node_modules" / "dynalite" / "cli.js"
-# With both names, as npm takes away what it is not told of: axe-core is for another test.
-NO_DYNALITE = "dynalite is missing: run `npm install --ignore-scripts` in the checkout"
-ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "eu-central-1",
-               "AWS_EC2_METADATA_DISABLED": "true"}  # a test must not look for a role of its machine
+DYNALITE = ROOT / "js" / "node_modules" / "dynalite" / "cli.js"
+NO_DYNALITE = "dynalite is missing: run `npm install --ignore-scripts` in js/"
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "eu-central-1",
+    # A test must not look for a role of its machine.
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 _numbers = itertools.count()
 
 
@@ -36,11 +40,13 @@ def dynalite() -> Iterator[str]:
     node = shutil.which("node")
     if not (node and DYNALITE.exists()):
         raise Missing(NO_DYNALITE)
-    # It cannot say which port it got, so a line of JavaScript does; and it dies of a client that is killed
-    # while it sends a request, which is for our tests to do.
-    script = ("const server = require(process.argv[1])({createTableMs: 0}); server.listen(0, '127.0.0.1',"
-              " () => console.log('port ' + server.address().port));"
-              "process.on('uncaughtException', error => { if (error.code !== 'ECONNRESET') process.exit(1) })")
+    # It cannot say which port it got, so a line of JavaScript does. And it dies of a client
+    # that is killed while it sends a request, which is for our tests to do.
+    script = (
+        "const server = require(process.argv[1])({createTableMs: 0}); server.listen(0,"
+        " '127.0.0.1', () => console.log('port ' + server.address().port));"
+        "process.on('uncaughtException', error => {"
+        " if (error.code !== 'ECONNRESET') process.exit(1) })")
     with _process([node, "-e", script, str(DYNALITE.parent)]) as url:
         yield url
 
@@ -49,29 +55,41 @@ def dynalite() -> Iterator[str]:
 def moto() -> Iterator[str]:
     """Run moto's server on a free port, as a process of its own, and return its URL.
 
-    One request at a time: in threads its conditions do not hold (two writers both see the old item).
+    One request at a time: in threads its conditions do not hold (two writers both see the
+    old item).
     """
-    script = ("from waitress import create_server; from moto.server import create_backend_app;"
-              " server = create_server(create_backend_app('dynamodb'), host='127.0.0.1', port=0, threads=1);"
-              " print('port', server.effective_port, flush=True); server.run()")
+    script = (
+        "from waitress import create_server; from moto.server import create_backend_app;"
+        " app = create_backend_app('dynamodb');"
+        " server = create_server(app, host='127.0.0.1', port=0, threads=1);"
+        " print('port', server.effective_port, flush=True); server.run()")
     with _process([sys.executable, "-c", script]) as url:
         yield url
 
 
 @contextlib.contextmanager
 def _process(command: list[str]) -> Iterator[str]:
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,  # noqa: S603 - ours
-                          env={**os.environ, **ENVIRONMENT}) as process:
+    with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, **ENVIRONMENT}) as process:
         try:
-            port = re.fullmatch(r"port (\d+)\n", process.stdout.readline() if process.stdout else "")
+            line = ""
+            if process.stdout:
+                line = process.stdout.readline()
+            port = re.fullmatch(r"port (\d+)\n", line)
             if not port:
-                raise Missing(f"{command[0]} does not start the engine; install the extra `test` and dynalite")
+                raise Missing(
+                    f"{command[0]} does not start the engine; install the extra `test` and"
+                    " dynalite")
             yield f"http://127.0.0.1:{port[1]}"
         finally:
             process.kill()
 
 
-ENGINES: Mapping[str, Callable[[], contextlib.AbstractContextManager[str]]] = {"dynalite": dynalite, "moto": moto}
+ENGINES: Mapping[str, Callable[[], contextlib.AbstractContextManager[str]]] = {
+    "dynalite": dynalite,
+    "moto": moto,
+}
 
 
 def session() -> boto3.session.Session:
@@ -82,8 +100,10 @@ def session() -> boto3.session.Session:
 @functools.cache
 def client_of(url: str) -> Any:
     """Return a client of an engine."""
-    return session().client("dynamodb", endpoint_url=url, config=Config(
-        max_pool_connections=32, connect_timeout=5, read_timeout=30, retries={"total_max_attempts": 2}))
+    config = Config(
+        max_pool_connections=32, connect_timeout=5, read_timeout=30,
+        retries={"total_max_attempts": 2})
+    return session().client("dynamodb", endpoint_url=url, config=config)
 
 
 def new_name() -> str:

@@ -1,16 +1,16 @@
-"""Run the Connectoid relay on AWS Lambda, behind a function URL: README.md beside this file, "AWS Lambda".
+"""Run the Connectoid relay on AWS Lambda, behind a function URL.
 
-Lambda imports this file once in each instance, then calls `handler` with one event at a time (payload
-format 2.0). Instances share nothing but the table. Between two events an instance is frozen, and after
-any of them it may be gone: so no thread sweeps, and nobody waits. A check that finds nothing is answered
-at once, which PROTOCOL.md ("check") allows.
+README.md beside this file, "AWS Lambda", says how. Lambda imports this file once in each
+instance, then calls `handler` with one event at a time (payload format 2.0). Instances share
+nothing but the table. Between two events an instance is frozen, and after any of them it may
+be gone: so no thread sweeps, and nobody waits. A check that finds nothing is answered at once,
+which PROTOCOL.md ("check") allows.
 """
 
 from __future__ import annotations
 
 import argparse
 import binascii
-import functools
 import logging
 import os
 import shlex
@@ -44,27 +44,40 @@ from connectoid_relay import (
 
 log = logging.getLogger("connectoid_relay")
 
-TABLE = "CONNECTOID_TABLE"  # the name of the DynamoDB table
-FLAGS = "CONNECTOID_FLAGS"  # as on any machine, but for SERVER_FLAGS: README.md, "Flags"
-# Of sockets, which are AWS's here, and of the database file: to set them would do nothing.
+# The environment variable with the name of the DynamoDB table.
+TABLE = "CONNECTOID_TABLE"
+# The one with flags as on any machine, but for SERVER_FLAGS: docs/hosting.md, "Flags".
+FLAGS = "CONNECTOID_FLAGS"
+# Flags of sockets, which AWS has, and of the database file: they would do nothing here. Neither
+# would those of TURN: everybody may read what is in a function's package.
 SERVER_FLAGS = frozenset((
-    "host", "port", "db", "sync", "udp", "stun", "tls_cert", "tls_key", "trusted_proxy", "max_udp", "max_header_bytes",
-    "request_timeout_s", "idle_timeout_s", "max_connections", "max_connections_per_source", "max_waiting",
+    "host", "port", "db", "sync", "udp", "stun", "turn", "turn_secret", "tls_cert", "tls_key",
+    "trusted_proxy", "max_udp", "max_header_bytes", "request_timeout_s", "idle_timeout_s",
+    "max_connections", "max_connections_per_source", "max_waiting", "max_waiting_per_source",
     "max_queued", "max_buffered_bytes"))
-SWEEP_EVERY_US = MINUTE_US  # in an instance; /health calls a sweeper late that has not swept for longer
-SWEEP_STEPS = 8  # at a time, so that a request that sweeps is not late by much
-SETTING_RETRY_S = 60  # until a host may have mended a setting
-STORE_RETRY_S = 5  # until the table may answer again
+# How often an instance sweeps. /health calls a sweeper late that has not swept for longer.
+SWEEP_EVERY_US = MINUTE_US
+# How many a sweep deletes at a time, so that a request that sweeps is not late by much.
+SWEEP_STEPS = 8
+# How long until a host may have corrected a setting.
+SETTING_RETRY_S = 60
+# How long until the table may answer again.
+STORE_RETRY_S = 5
 
 
 def read_flags(text: str) -> argparse.Namespace:
-    """Return what the flags say; raise SettingError, after a line on stderr that names the flag, for a wrong one."""
+    """Return what the flags say.
+
+    Raises SettingError for a wrong one, after a line on stderr that names it.
+    """
     parser = build_parser(FLAGS)
     try:
         arguments = parser.parse_args(shlex.split(text))
-    except (SystemExit, ValueError):  # ValueError is a quotation without an end
+    except (SystemExit, ValueError):
+        # ValueError is a quotation without an end.
         raise SettingError(f"{FLAGS} is no line of flags") from None
-    given = [flag_of(name) for name in sorted(SERVER_FLAGS) if getattr(arguments, name) != parser.get_default(name)]
+    given = [flag_of(name) for name in sorted(SERVER_FLAGS)
+             if getattr(arguments, name) != parser.get_default(name)]
     if given:
         raise SettingError(f"take {', '.join(given)} out of {FLAGS}: on Lambda they do nothing")
     return arguments
@@ -73,7 +86,8 @@ def read_flags(text: str) -> argparse.Namespace:
 def thawing_clock(wall_us: Callable[[], int]) -> Clock:
     """Return a clock that goes on while an instance is frozen, and never back.
 
-    Nobody promises that the monotonic clock counts on meanwhile. The wall clock is AWS's, and right.
+    Nobody promises that the monotonic clock counts on meanwhile. The wall clock is AWS's,
+    and right.
     """
     latest_us = 0
 
@@ -87,8 +101,12 @@ def thawing_clock(wall_us: Callable[[], int]) -> Clock:
 
 def prepare(environ: Mapping[str, str], client: Any = None,
             wall_us: Callable[[], int] = SYSTEM_CLOCK.wall_us) -> Callable[[], Relay]:
-    """Return what opens the relay of an environment; all that asks no table is done before. Raises SettingError."""
-    table, arguments = environ.get(TABLE, ""), read_flags(environ.get(FLAGS, ""))
+    """Return what opens the relay of an environment; all that asks no table is done before.
+
+    Raises SettingError.
+    """
+    table = environ.get(TABLE, "")
+    arguments = read_flags(environ.get(FLAGS, ""))
     if not table:
         raise SettingError(f"set {TABLE} to the name of the table")
     limits = Limits(*(getattr(arguments, name) for name in Limits._fields))
@@ -99,8 +117,10 @@ def prepare(environ: Mapping[str, str], client: Any = None,
 
     def open_relay() -> Relay:
         store = DynamoDbStore(table, client)
-        return Relay(store, limits, access=access, about=about, clock=thawing_clock(wall_us), log_ips=arguments.log_ips,
-                     rate_limit=store.rate_limit, source_key=store.source_key, fetch=store.fetch)
+        return Relay(
+            store, limits, access=access, about=about, clock=thawing_clock(wall_us),
+            log_ips=arguments.log_ips, rate_limit=store.rate_limit,
+            source_key=store.source_key, fetch=store.fetch)
 
     return open_relay
 
@@ -108,23 +128,29 @@ def prepare(environ: Mapping[str, str], client: Any = None,
 class Handler:
     """Answer the events of one instance; the first one has the relay opened, which is then kept."""
 
-    def __init__(self, open_relay: Callable[[], Relay], wall_us: Callable[[], int] = SYSTEM_CLOCK.wall_us) -> None:
-        self._open_relay, self._wall_us = open_relay, wall_us
+    def __init__(self, open_relay: Callable[[], Relay],
+                 wall_us: Callable[[], int] = SYSTEM_CLOCK.wall_us) -> None:
+        self._open_relay = open_relay
+        self._wall_us = wall_us
         self._relay: Relay | None = None
-        self._failure: tuple[Exception, int] | None = None  # of opening it, and until when it is not tried again
+        # Why it could not be opened, and until when that is not tried again.
+        self._failure: tuple[Exception, int] | None = None
+        # 0 before the first sweep.
         self._sweep_at_us = 0
         self._complaints = RateLimit(1, MINUTE_US)
 
     def __call__(self, event: object, _context: object = None) -> dict[str, Any]:
-        """Return the reply to an event of a function URL in its payload format 2.0; never raises."""
+        """Return the reply to an event of a function URL (payload format 2.0); never raises."""
         octets = octets_of(event)
         head = head_of(event, len(octets or b""))
         reply = self._answer(event, head, octets)
         headers, body = respond_in_pairs(reply, head)
         return {
             "statusCode": reply.status,
-            "headers": {name: value for name, value in headers if name != "Content-Length"},  # AWS has its own
-            "body": body.decode("utf-8"), "isBase64Encoded": False,
+            # AWS has a length of its own.
+            "headers": {name: value for name, value in headers if name != "Content-Length"},
+            "body": body.decode("utf-8"),
+            "isBase64Encoded": False,
         }
 
     def _answer(self, event: object, head: Head | None, octets: bytes | None) -> Reply:
@@ -132,42 +158,60 @@ class Handler:
             relay = self._relay or self._open()
             if head is None:
                 return relay.refuse(Refusal(BAD_REQUEST, "This is no event of a function URL."))
-            if 0 < self._sweep_at_us <= relay.now_us():  # before the reply: /health tells of it
+            # Before the reply: /health tells of it.
+            if 0 < self._sweep_at_us <= relay.now_us():
                 self._sweep(relay)
             address = str(_member(event, "requestContext", "http", "sourceIp") or "")
-            reply = answer_at_once(relay, head, address, functools.partial(_take, octets))
-            if not self._sweep_at_us:  # there may be no second request that could write down who was seen
+
+            def take_body() -> bytes:
+                return _take(octets)
+
+            reply = answer_at_once(relay, head, address, take_body)
+            # There may be no second request that could write down who was seen.
+            if not self._sweep_at_us:
                 self._sweep(relay)
         except Exception as error:
             return self._excuse(error)
         return reply
 
     def _open(self) -> Relay:
-        """Open the relay; while the table does not answer, only one event in so many seconds waits for it."""
-        if self._failure and self._wall_us() < self._failure[1]:
-            raise self._failure[0].with_traceback(None)  # else each time would add to it
+        """Open the relay.
+
+        While the table does not answer, only one event in so many seconds waits for it.
+        """
+        if self._failure:
+            error, until_us = self._failure
+            if self._wall_us() < until_us:
+                # The traceback is left out: otherwise each time would add to it.
+                raise error.with_traceback(None)
         try:
-            relay = self._relay = self._open_relay()
+            relay = self._open_relay()
         except Exception as error:
-            self._failure = error, self._wall_us() + STORE_RETRY_S * SECOND_US
+            self._failure = (error, self._wall_us() + STORE_RETRY_S * SECOND_US)
             raise
+        self._relay = relay
         return relay
 
     def _sweep(self, relay: Relay) -> None:
-        """Sweep some; AWS deletes expired items by itself, so this is mostly about sums and who was seen."""
+        """Sweep some.
+
+        AWS deletes expired items by itself: this is mostly about sums and who was seen.
+        """
         self._sweep_at_us = relay.now_us() + SWEEP_EVERY_US
         try:
             for _ in range(SWEEP_STEPS):
                 if not relay.sweep():
                     break
-        except Exception as error:  # whatever it is, it shall not cost the client the reply
+        except Exception as error:
+            # Whatever it is, the client still gets the reply.
             self._complain(f"cannot sweep: {error}")
 
     def _excuse(self, error: Exception) -> Reply:
         """Return what a client is told when there is no relay."""
         if isinstance(error, SettingError):
             self._complain(str(error))
-            return Refusal(BUSY, "The relay is not set up; its log says why.", SETTING_RETRY_S).reply()
+            detail = "The relay is not set up; its log says why."
+            return Refusal(BUSY, detail, SETTING_RETRY_S).reply()
         if isinstance(error, StoreError):
             self._complain(str(error))
             return Refusal(BUSY, "The relay cannot use its store.", STORE_RETRY_S).reply()
@@ -176,24 +220,37 @@ class Handler:
 
     def _complain(self, text: str) -> None:
         if not self._complaints.take(text, self._wall_us()):
-            log.error("connectoid relay: %s", text)
+            log.error("connectoid-relay: %s", text)
 
 
 def _member(value: object, *names: str) -> Any:
     """Return a member of a member, None if it is not there."""
     for name in names:
-        value = value.get(name) if isinstance(value, Mapping) else None
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(name)
     return value
 
 
 def head_of(event: object, length: int) -> Head | None:
-    """Return the head of the request that an event tells of, with a body of so many bytes; None if it tells of none."""
-    method, path = _member(event, "requestContext", "http", "method"), _member(event, "rawPath")
+    """Return the head of the request that an event tells of, with a body of so many bytes.
+
+    None if it tells of none.
+    """
+    method = _member(event, "requestContext", "http", "method")
+    path = _member(event, "rawPath")
     if not isinstance(method, str) or not isinstance(path, str):
         return None
-    return Head(method=method, path=path or "/", length=length,
-                keep_alive=True, expects_continue=False,  # AWS sees to these
-                wants_json="application/json" in str(_member(event, "headers", "accept")), forwarded_for="")
+    return Head(
+        method=method,
+        path=path or "/",
+        length=length,
+        # AWS sees to these two.
+        keep_alive=True,
+        expects_continue=False,
+        wants_json="application/json" in str(_member(event, "headers", "accept")),
+        forwarded_for="",
+    )
 
 
 def octets_of(event: object) -> bytes | None:
@@ -205,7 +262,8 @@ def octets_of(event: object) -> bytes | None:
     if not isinstance(body, str):
         return b""
     if not _member(event, "isBase64Encoded"):
-        return body.encode("utf-8", "surrogatepass")  # a lone surrogate is for the relay to refuse
+        # A lone surrogate is for the relay to refuse.
+        return body.encode("utf-8", "surrogatepass")
     try:
         return binascii.a2b_base64(body.encode("ascii"), strict_mode=True)
     except ValueError:
@@ -218,19 +276,21 @@ def _take(octets: bytes | None) -> bytes:
     return octets
 
 
-def _raise(error: Exception) -> NoReturn:
-    raise error.with_traceback(None)
-
-
 def build_handler(environ: Mapping[str, str]) -> Handler:
-    """Return the handler for an environment; what is wrong with that, it tells the log with the first event.
+    """Return the handler for an environment.
 
-    Never raises: clients would see AWS's 502, without CORS headers, which browsers hide from an app.
+    What is wrong with that, it tells the log with the first event. Never raises: clients
+    would see AWS's 502, without CORS headers, which browsers hide from an app.
     """
     try:
         return Handler(prepare(environ))
     except Exception as error:
-        return Handler(functools.partial(_raise, error))
+        failure = error
+
+    def fail() -> NoReturn:
+        raise failure.with_traceback(None)
+
+    return Handler(fail)
 
 
 handler = build_handler(os.environ)

@@ -1,6 +1,7 @@
-"""Measure what the server on DynamoDB costs: README.md beside this file. Run `python deploy/dynamodb/measure.py`.
+"""Measure what the server on DynamoDB costs: README.md beside this file.
 
-The engine is dynalite, whose CPU is not counted. Clients and mailboxes are those of deploy/ways.py.
+Run `python deploy/dynamodb/measure.py`. The engine is dynalite, whose CPU is not counted.
+Clients and mailboxes are those of deploy/hosting_costs.py.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "deploy"))
 
-from dynamodb_store import DynamoDbStore, create_table, make_client  # noqa: E402
-from engines import ENVIRONMENT, dynalite, new_name  # noqa: E402
-from server import FOLLOW_EVERY_S  # noqa: E402
-from ways import ROOT, Way, free_port, measure, show, started  # noqa: E402 - it shows the way to the next
+from common import Owner, check, machine
+from dynamodb_store import DynamoDbStore, create_table, make_client
+from engines import ENVIRONMENT, dynalite, new_name
+from hosting_costs import ROOT, TITLES, Way, free_port, measure, show, started
+from server import FOLLOW_EVERY_S
 
-from common import Owner, check, machine  # isort: skip  # noqa: E402
+from connectoid_relay import SWEEP_EVERY_S, Relay
 
-from connectoid_relay import SWEEP_EVERY_S, Relay  # noqa: E402
-
-BATCH, BATCHES = 100, 50
+# Checks in a batch.
+BATCH = 100
+BATCHES = 50
 IDLE_S = 10
 
 
@@ -33,9 +37,11 @@ IDLE_S = 10
 def served(folder: Path, url: str) -> Iterator[Way]:
     """Run the server until it answers."""
     port = free_port()
-    with started(folder, port, sys.executable, str(ROOT / "deploy" / "dynamodb" / "server.py"), "--host", "127.0.0.1",
-                 "--port", str(port), "--endpoint-url", url, "--create-table", "--rate", "0",
-                 "--max-connections-per-source", "0") as process:
+    command = (sys.executable, str(ROOT / "deploy" / "dynamodb" / "server.py"))
+    flags = (
+        "--host", "127.0.0.1", "--port", str(port), "--endpoint-url", url, "--create-table",
+        "--rate", "0", "--max-connections-per-source", "0")
+    with started(folder, port, *command, *flags) as process:
         yield Way(port, (process.pid,))
 
 
@@ -52,23 +58,30 @@ class Units:
         return params | {"ReturnConsumedCapacity": "TOTAL"}
 
     def _add(self, model: Any, parsed: dict[str, Any], **_: object) -> None:
-        kind = "write" if model.name in ("PutItem", "UpdateItem") else "read"
+        kind = "read"
+        if model.name in ("PutItem", "UpdateItem"):
+            kind = "write"
         costs = parsed.get("ConsumedCapacity", [])
-        self.spent[kind] += sum(cost["CapacityUnits"] for cost in (costs if isinstance(costs, list) else [costs]))
+        if not isinstance(costs, list):
+            costs = [costs]
+        self.spent[kind] += sum(cost["CapacityUnits"] for cost in costs)
 
 
 def in_process(url: str) -> None:
-    """Print what a batch costs, and what a relay asks of the table while nobody asks anything of it."""
-    client, table = make_client(endpoint_url=url), new_name()
+    """Print what a batch costs, and what an idle relay asks of the table."""
+    client = make_client(endpoint_url=url)
+    table = new_name()
     create_table(client, table)
     store = DynamoDbStore(table, client, follow_every_s=FOLLOW_EVERY_S)
-    relay = Relay(store, rate_limit=store.rate_limit, source_key=store.source_key, fetch=store.fetch)
+    relay = Relay(
+        store, rate_limit=store.rate_limit, source_key=store.source_key, fetch=store.fetch)
     with contextlib.closing(relay):
         batch = [check(Owner(number).pub) for number in range(1, BATCH + 1)]
         before_s = time.process_time()
         for number in range(BATCHES):
             relay.handle(batch, f"192.0.2.{number}")
-        print(f"a batch of {BATCH} checks: {1e3 * (time.process_time() - before_s) / BATCHES:.1f} ms")
+        spent_s = time.process_time() - before_s
+        print(f"a batch of {BATCH} checks: {1e3 * spent_s / BATCHES:.1f} ms")
         units = Units(client)
         for _ in range(IDLE_S):
             relay.sweep()
@@ -81,7 +94,7 @@ def main() -> None:
     """Print the lines of README.md."""
     os.environ.update(ENVIRONMENT)
     print(machine())
-    print(f"{'':<24} check µs  message ms  memory MiB  clients of a core, half busy (computed)")
+    print(TITLES)
     with tempfile.TemporaryDirectory() as name, dynalite() as url:
         with served(Path(name), url) as way:
             show("server.py, dynalite", measure(way, Path(name)))

@@ -5,43 +5,77 @@
  */
 
 import { Keeper } from "./db.js";
-import { FullError, MAX_NAME_CHARS, MAX_QUANTITY_CHARS, MAX_TEXT_CHARS, Model, randomId, tidy } from "./model.js";
+import {
+  FullError,
+  MAX_NAME_CHARS,
+  MAX_QUANTITY_CHARS,
+  MAX_TEXT_CHARS,
+  Model,
+  randomId,
+  tidy,
+} from "./model.js";
 import { makeQr, pathOf } from "./qr.js";
-import { codeImage, icon, make, onSubmit, part, prepareDialogs, reconcile, toast } from "./ui.js";
+import {
+  codeImage,
+  hush,
+  icon,
+  make,
+  onSubmit,
+  part,
+  prepareDialogs,
+  reconcile,
+  toast,
+} from "./ui.js";
+import { refusalsIn, warningOf } from "./words.js";
 
-const QUIET_ZONE = 2; // modules, beside the padding around the code
-const DRAW_AGAIN_MS = 30_000; // so that "5 minutes ago" stays true
+// Modules, beside the padding around the code.
+const QUIET_ZONE = 2;
+// So that "5 minutes ago" stays true.
+const DRAW_AGAIN_MS = 30_000;
 const RELAY_TIMEOUT_MS = 6_000;
-const MAX_RELAYS = 3; // of PROTOCOL.md, "Limits"
+// PROTOCOL.md, "Limits".
+const MAX_RELAYS = 3;
 const APP_URL = new URL("./", location.href).href;
 
 // First of all: an invitation goes out of the address, where history and screenshots would keep it.
-const relaysByQuery = new URLSearchParams(location.search).getAll("relay").filter(Boolean);
+// So do the relays that the address names: the user is asked about them once.
+const offeredRelays = new URLSearchParams(location.search).getAll("relay").join(" ");
 let invitation = takeInvitation();
 
 /** @type {Model} */
 let model;
 /** @type {import("./sync.js").Sync | null} */
 let sync = null;
+// What was changed before sharing could begin.
+/** @type {import("./model.js").Changes[]} */
+const early = [];
+// Settled once sharing works, or fails. On a slow network the library may come late.
+let begun = Promise.resolve();
 /** @type {Record<string, any>} */
 const settings = {};
 /** @type {Map<string, string>} */
 const notices = new Map();
 /** @type {Set<string>} */
 const dismissed = new Set();
-let current = ""; // the id of the list that is shown
-let chosen = ""; // the id of the item or contact that a dialog is about
-let isDrawn = false; // what comes from now on is news
-const keeper = new Keeper((words) => notify("storage", words), () => readAgain());
+// The id of the list that is shown.
+let current = "";
+// The id of the item or contact that a dialog is about.
+let chosen = "";
+// Whatever arrives from now on is news.
+let isDrawn = false;
+const keeper = new Keeper(
+  (words) => notify("storage", words),
+  (changes) => takeFromTab(changes),
+);
 
 // ---------------------------------------------------------------------------------------
 // Beginning.
 // ---------------------------------------------------------------------------------------
 
-/** Return the link in the page's address, or "", and take it out of there. */
+/** Return the link in the page's address, or "", and remove it there. */
 function takeInvitation() {
   const link = /[#?&]connectoid=/.test(location.href) ? location.href : "";
-  if (link) history.replaceState(null, "", location.pathname);
+  if (link || offeredRelays) history.replaceState(null, "", location.pathname);
   return link;
 }
 
@@ -53,43 +87,62 @@ async function begin() {
   for (const { id, value } of kept.settings) settings[id] = value;
   if (!settings.device) await setSetting("device", randomId(11));
   model = new Model({ device: settings.device });
-  model.merge(/** @type {any} */ (kept));
-  await keeper.write({}, { items: model.purge().map(({ id }) => id) });
+  const { lists, items } = model.load(/** @type {any} */ (kept));
+  await keeper.write({ lists, items }, { items: model.purge().map(({ id }) => id) });
   show(settings.list);
   draw();
   isDrawn = true;
-  await beginSync();
+  begun = beginSync();
+  await begun;
+  await offerRelays();
   if (invitation) await confirmInvitation();
   setInterval(draw, DRAW_AGAIN_MS);
 }
 
-/** The lists work without it, in a browser that lacks something too. */
+/** The lists work without it, also in a browser that lacks something. */
 async function beginSync() {
   try {
     const { Sync } = await import("./sync.js");
-    sync = new Sync({ model, appUrl: APP_URL, onChange: drawSoon, onNews: (words) => toast(words),
-      load: async () => (await keeper.load()).contacts, write: (put, remove) => keeper.write(put, remove) });
+    sync = new Sync({
+      model,
+      appUrl: APP_URL,
+      iceServers: settings.turn ?? [],
+      onChange: drawSoon,
+      onNews: (words) => toast(words),
+      load: async () => (await keeper.load()).contacts,
+      write: (put, remove) => keeper.write(put, remove),
+    });
+    for (const changes of early.splice(0)) sync.changed(changes);
     useRelays();
     await sync.start();
   } catch (error) {
     console.error(error);
-    notify("sync", "Sharing does not work here: connectoid.js is missing, or this browser is too old. Your lists are safe on this device.");
+    notify(
+      "sync",
+      "Sharing does not work here: connectoid.js is missing, or this browser is too old. "
+        + "Your lists are safe on this device.",
+    );
   }
   draw();
 }
 
 async function beginOffline() {
   if (!navigator.serviceWorker) return;
-  const policy = /** @type {any} */ (window).trustedTypes?.createPolicy("worker", { createScriptURL: () => "sw.js" });
-  await navigator.serviceWorker.register(policy ? policy.createScriptURL("") : "sw.js", { updateViaCache: "none" });
+  const policy = /** @type {any} */ (window).trustedTypes?.createPolicy("worker", {
+    createScriptURL: () => "sw.js",
+  });
+  await navigator.serviceWorker.register(policy ? policy.createScriptURL("") : "sw.js", {
+    updateViaCache: "none",
+  });
 }
 
-/** Another tab has changed something. */
-async function readAgain() {
+/**
+ * Another tab has changed something.
+ * @param {import("./model.js").Changes} changes
+ */
+function takeFromTab(changes) {
   if (!model) return;
-  const kept = await keeper.load();
-  const merged = model.merge(/** @type {any} */ (kept));
-  sync?.changed(merged);
+  sync?.changed(model.merge(changes));
   draw();
 }
 
@@ -100,11 +153,15 @@ async function readAgain() {
 /** @param {{lists?: any[], items?: any[]}} changes */
 function changed({ lists = [], items = [] }) {
   keeper.write({ lists, items });
-  sync?.changed({ lists, items });
+  if (sync) sync.changed({ lists, items });
+  else early.push({ lists, items });
   draw();
 }
 
-/** @param {string} id @param {any} value */
+/**
+ * @param {string} id
+ * @param {any} value
+ */
 async function setSetting(id, value) {
   settings[id] = value;
   await keeper.write({ settings: [{ id, value }] });
@@ -131,17 +188,25 @@ function deleteList() {
   changed({ lists: [model.changeList(list.id, { deleted: true })] });
   show("");
   draw();
-  toast(`${list.name} is deleted${sharedWith(list.id).length ? ", for everybody" : ""}.`, "Undo", () => {
-    changed({ lists: [model.changeList(list.id, { deleted: false })] });
-    show(list.id);
-    draw();
-  });
+  toast(
+    `${list.name} is deleted${sharedWith(list.id).length ? ", for everybody" : ""}.`,
+    "Undo",
+    () => {
+      changed({ lists: [model.changeList(list.id, { deleted: false })] });
+      show(list.id);
+      draw();
+    },
+  );
 }
 
 function addItem() {
   const [text, quantity] = [part("add-text"), part("add-quantity")];
   try {
-    const item = model.addItem(current, required(text.value, MAX_TEXT_CHARS), tidy(quantity.value, MAX_QUANTITY_CHARS));
+    const item = model.addItem(
+      current,
+      required(text.value, MAX_TEXT_CHARS),
+      tidy(quantity.value, MAX_QUANTITY_CHARS),
+    );
     changed({ items: [item] });
     say(`${item.text} is on the list.`);
     text.value = quantity.value = "";
@@ -154,12 +219,21 @@ function addItem() {
 /** @param {any[]} items */
 function deleteItems(items) {
   changed({ items: items.map(({ id }) => model.changeItem(id, { deleted: true })) });
-  toast(items.length === 1 ? `${items[0].text} is deleted.` : `${items.length} things are off the list.`, "Undo", () => {
-    changed({ items: items.map(({ id }) => model.changeItem(id, { deleted: false })) });
-  });
+  toast(
+    items.length === 1
+      ? `${items[0].text} is deleted.`
+      : `${items.length} items are deleted.`,
+    "Undo",
+    () => {
+      changed({ items: items.map(({ id }) => model.changeItem(id, { deleted: false })) });
+    },
+  );
 }
 
-/** @param {string} text @param {number} maxChars */
+/**
+ * @param {string} text
+ * @param {number} maxChars
+ */
 function required(text, maxChars) {
   const clean = tidy(text, maxChars);
   if (!clean) throw new Error("Write something first.");
@@ -189,14 +263,18 @@ function draw() {
 
 function drawLists() {
   reconcile(part("lists"), model.openLists(), () => {
-    const [name, count] = [make("span"), make("span", { className: "count" })];
+    const name = make("span", { className: "name" });
+    const count = make("span", { className: "count" });
     const button = make("button", { type: "button" }, name, count);
     return Object.assign(make("li", {}, button), {
       update(/** @type {any} */ list) {
-        const left = model.itemsOf(list.id).filter(({ done }) => !done).length;
+        const left = model.openCountOf(list.id);
         name.textContent = list.name;
         count.textContent = left ? String(left) : "";
-        button.onclick = () => { show(list.id); draw(); };
+        button.onclick = () => {
+          show(list.id);
+          draw();
+        };
         if (list.id === current) button.setAttribute("aria-current", "true");
         else button.removeAttribute("aria-current");
       },
@@ -215,20 +293,31 @@ function drawList() {
   part("title").textContent = list.name;
   document.title = `${list.name} · Shopping list`;
   const names = sharedWith(current);
-  const words = [progressOf(open.length, done.length), ...(names.length ? [`Shared with ${names.join(", ")}`] : [])];
+  const words = [
+    progressOf(open.length, done.length),
+    ...(names.length ? [`Shared with ${names.join(", ")}`] : []),
+  ];
   part("progress").replaceChildren(...words.flatMap((text) => [make("span", {}, text), " "]));
   part("meter").style.transform = `scaleX(${items.length ? done.length / items.length : 0})`;
   part("nothing").hidden = open.length > 0;
-  part("nothing").textContent = done.length ? "All is in the basket." : "Nothing to buy. Add something above.";
+  part("nothing").textContent = done.length
+    ? "All is in the basket."
+    : "Nothing to buy. Add something above.";
   part("done-part").hidden = !done.length;
-  const focused = /** @type {HTMLElement | null} */ (document.activeElement)?.closest(".items li")?.querySelector("input");
+  const focused = /** @type {HTMLElement | null} */ (document.activeElement)
+    ?.closest(".items li")
+    ?.querySelector("input");
   reconcile(part("open-items"), open, makeItem);
   reconcile(part("done-items"), done, makeItem);
-  const same = focused && document.getElementById(focused.id); // it may have gone to the other part
+  // It may have gone to the other part.
+  const same = focused && document.getElementById(focused.id);
   if (same && !focused.isConnected) same.focus({ preventScroll: true });
 }
 
-/** @param {number} open @param {number} done */
+/**
+ * @param {number} open
+ * @param {number} done
+ */
 function progressOf(open, done) {
   if (!open) return done ? "All done" : "Empty";
   return done ? `${open} to buy, ${done} done` : `${open} to buy`;
@@ -237,13 +326,20 @@ function progressOf(open, done) {
 /** @param {import("./model.js").Item} first */
 function makeItem(first) {
   const box = make("input", { type: "checkbox", id: `item-${first.id}` });
-  const [text, quantity] = [make("span", { className: "text" }), make("span", { className: "quantity" })];
+  const [text, quantity] = [
+    make("span", { className: "text" }),
+    make("span", { className: "quantity" }),
+  ];
   const edit = make("button", { type: "button", className: "icon-button" }, icon("edit"));
   const item = make("li", {}, make("label", {}, box, text, quantity), edit);
   if (isDrawn && first.by !== model.device) item.className = "fresh";
   box.onchange = () => {
     changed({ items: [model.changeItem(first.id, { done: box.checked })] });
-    say(box.checked ? `${text.textContent} is in the basket.` : `${text.textContent} is to buy again.`);
+    say(
+      box.checked
+        ? `${text.textContent} is in the basket.`
+        : `${text.textContent} is to buy again.`,
+    );
   };
   edit.onclick = () => editItem(first.id);
   return Object.assign(item, {
@@ -267,18 +363,47 @@ function drawPeople() {
 }
 
 function makePerson() {
-  const names = ["avatar", "person-state", "person-lists", "warning", "verified"];
-  const [avatar, state, lists, warning, verified] = names.map((className) => make("div", { className }));
+  const names = ["avatar", "person-state", "person-lists", "warning", "verified", "hint"];
+  const [avatar, state, lists, warning, verified, refused] = names.map((className) =>
+    make("div", { className }),
+  );
   const [name, words] = [make("span"), make("span")];
   warning.append(icon("warn"), words);
   verified.append(icon("check"), "Compared");
   avatar.setAttribute("aria-hidden", "true");
   state.setAttribute("role", "status");
-  const buttons = Object.fromEntries([["link", "Show link"], ["compare", "Compare"], ["rename", "Rename"], ["unshare", "Unshare"],
-    ["keep", "OK"], ["drop", "Delete my copy"]].map(([key, textContent]) => (
-    [key, make("button", { type: "button", className: key === "unshare" || key === "drop" ? "quiet danger" : "quiet", textContent })])));
-  const head = make("div", { className: "person-head" }, avatar, make("div", {}, make("h3", {}, name, verified), state));
-  const card = make("li", {}, head, warning, lists, make("div", { className: "person-buttons" }, ...Object.values(buttons)));
+  const buttons = Object.fromEntries(
+    [
+      ["link", "Show link"],
+      ["compare", "Compare"],
+      ["rename", "Rename"],
+      ["unshare", "Unshare"],
+      ["keep", "OK"],
+      ["drop", "Delete my copy"],
+    ].map(([key, textContent]) => [
+      key,
+      make("button", {
+        type: "button",
+        className: key === "unshare" || key === "drop" ? "quiet danger" : "quiet",
+        textContent,
+      }),
+    ]),
+  );
+  const head = make(
+    "div",
+    { className: "person-head" },
+    avatar,
+    make("div", {}, make("h3", {}, name, verified), state),
+  );
+  const card = make(
+    "li",
+    {},
+    head,
+    warning,
+    lists,
+    refused,
+    make("div", { className: "person-buttons" }, ...Object.values(buttons)),
+  );
   return Object.assign(card, {
     update(/** @type {any} */ person) {
       card.className = `person ${person.tone}`;
@@ -287,35 +412,63 @@ function makePerson() {
       if (state.textContent !== person.words) state.textContent = person.words;
       lists.textContent = listNames(person.lists);
       lists.hidden = !lists.textContent;
-      words.textContent = `Somebody else opened your link too. Compare by voice before you trust this contact.`;
-      warning.hidden = !person.warned || person.verified || person.ended;
+      words.textContent = warningOf(person);
+      warning.hidden = !words.textContent;
       verified.hidden = !person.verified || person.ended;
-      const isGone = person.ended && person.theirs.some((/** @type {string} */ id) => model.lists.has(id));
-      const shown = { link: Boolean(person.link), compare: person.emoji.length > 0 && !person.ended, rename: !person.ended,
-        unshare: !person.ended && !sync?.blocked, keep: person.ended, drop: isGone };
+      refused.textContent = refusalsIn(person.refused);
+      refused.hidden = !person.refused;
+      const isGone =
+        person.ended && person.theirs.some((/** @type {string} */ id) => model.lists.has(id));
+      const shown = {
+        link: Boolean(person.link),
+        compare: person.emoji.length > 0 && !person.ended,
+        rename: !person.ended,
+        unshare: !person.ended && !sync?.blocked,
+        keep: person.ended,
+        drop: isGone,
+      };
       buttons.keep.textContent = isGone ? "Keep my copy" : "OK";
       for (const [key, isShown] of Object.entries(shown)) {
         buttons[key].hidden = !isShown;
-        buttons[key].setAttribute("aria-label", `${buttons[key].textContent}: ${person.nickname}`);
+        buttons[key].setAttribute(
+          "aria-label",
+          `${buttons[key].textContent}: ${person.nickname}`,
+        );
       }
       Object.assign(buttons.link, { onclick: () => showLink(person.nickname, person.link) });
       Object.assign(buttons.compare, { onclick: () => compare(person) });
-      Object.assign(buttons.rename, { onclick: () => askName(`Rename ${person.nickname}`, person.nickname, (to) => sync?.rename(person.id, to)) });
+      Object.assign(buttons.rename, {
+        onclick: () =>
+          askName(`Rename ${person.nickname}`, person.nickname, (to) =>
+            sync?.rename(person.id, to),
+          ),
+      });
       Object.assign(buttons.unshare, { onclick: () => askUnshare(person) });
-      Object.assign(buttons.keep, { onclick: () => sync?.dismiss(person.id, { deleteHere: false }) });
-      Object.assign(buttons.drop, { onclick: () => sync?.dismiss(person.id, { deleteHere: true }) });
+      Object.assign(buttons.keep, {
+        onclick: () => sync?.dismiss(person.id, { deleteHere: false }),
+      });
+      Object.assign(buttons.drop, {
+        onclick: () => sync?.dismiss(person.id, { deleteHere: true }),
+      });
     },
   });
 }
 
 /** @param {string[]} ids */
 function listNames(ids) {
-  return ids.map((id) => model.lists.get(id)).filter((list) => list && !list.deleted).map((list) => list?.name).join(", ");
+  return ids
+    .map((id) => model.lists.get(id))
+    .filter((list) => list && !list.deleted)
+    .map((list) => list?.name)
+    .join(", ");
 }
 
 /** @param {string} id of a list */
 function sharedWith(id) {
-  const people = sync?.people().filter((person) => person.lists.includes(id) && !person.ended && !person.link) ?? [];
+  const people =
+    sync
+      ?.people()
+      .filter((person) => person.lists.includes(id) && !person.ended && !person.link) ?? [];
   return people.map(({ nickname }) => nickname);
 }
 
@@ -324,26 +477,46 @@ function drawNotices() {
   const hasPeople = (sync?.people().length ?? 0) > 0;
   pill.hidden = navigator.onLine;
   pill.textContent = "Offline";
-  if (sync?.relayTrouble && hasPeople && navigator.onLine) notices.set("relay", `${sync.relayTrouble} Changes are kept, and go out later.`);
-  else notices.delete("relay");
-  const shown = [...notices].filter(([, words]) => !dismissed.has(words)).map(([id, words]) => ({ id, words }));
+  if (sync?.relayTrouble && hasPeople && navigator.onLine) {
+    notices.set("relay", `${sync.relayTrouble} Changes are kept, and go out later.`);
+  } else notices.delete("relay");
+  // A notice is behind the dialog.
+  part("share-trouble").hidden = !sync?.relayTrouble;
+  const shown = [...notices]
+    .filter(([, words]) => !dismissed.has(words))
+    .map(([id, words]) => ({ id, words }));
   reconcile(part("notices"), shown, ({ id }) => {
     const words = make("p");
-    const close = make("button", { type: "button", className: "icon-button", "aria-label": "Close this notice" }, "✕");
-    close.onclick = () => { dismissed.add(words.textContent); draw(); };
+    const close = make(
+      "button",
+      { type: "button", className: "icon-button", "aria-label": "Close this notice" },
+      "✕",
+    );
+    close.onclick = () => {
+      dismissed.add(words.textContent);
+      draw();
+    };
     return Object.assign(make("div", { className: "notice" }, icon("warn"), words, close), {
-      update(/** @type {any} */ notice) { words.textContent = notice.words; },
+      update(/** @type {any} */ notice) {
+        words.textContent = notice.words;
+      },
     });
   });
 }
 
-/** @param {string} id @param {string} words */
+/**
+ * @param {string} id
+ * @param {string} words
+ */
 function notify(id, words) {
   notices.set(id, words);
   drawSoon();
 }
 
-/** Tell people who listen; others see it. @param {string} words */
+/**
+ * Tell a screen reader what others see.
+ * @param {string} words
+ */
 function say(words) {
   part("said").textContent = words;
 }
@@ -352,14 +525,22 @@ function say(words) {
 // Dialogs.
 // ---------------------------------------------------------------------------------------
 
-/** @param {string} title @param {string} value @param {(name: string) => unknown} done @param {{label?: string, remove?: () => void}} [more] */
+/**
+ * @param {string} title
+ * @param {string} value
+ * @param {(name: string) => unknown} done
+ * @param {{label?: string, remove?: () => void}} [more]
+ */
 function askName(title, value, done, { label = "Name", remove } = {}) {
   part("name-title").textContent = title;
   part("name-label").textContent = label;
   part("name-text").value = value;
   part("name-error").textContent = "";
   part("name-delete").hidden = !remove;
-  part("name-delete").onclick = () => { part("name-dialog").close(); remove?.(); };
+  part("name-delete").onclick = () => {
+    part("name-dialog").close();
+    remove?.();
+  };
   part("name-form").done = done;
   part("name-dialog").showModal();
   part("name-text").select();
@@ -368,7 +549,8 @@ function askName(title, value, done, { label = "Name", remove } = {}) {
 function editList() {
   const list = model.lists.get(current);
   if (!list) return;
-  const rename = (/** @type {string} */ name) => changed({ lists: [model.changeList(list.id, { name })] });
+  const rename = (/** @type {string} */ name) =>
+    changed({ lists: [model.changeList(list.id, { name })] });
   askName("This list", list.name, rename, { remove: deleteList });
 }
 
@@ -389,21 +571,32 @@ function saveItem() {
 }
 
 async function askShare() {
-  const known = sync?.people().filter(({ lists, ended }) => !ended && !lists.includes(current)) ?? [];
+  const known =
+    sync?.people().filter(({ lists, ended }) => !ended && !lists.includes(current)) ?? [];
   part("share-who").hidden = false;
   part("share-link").hidden = true;
   part("share-title").textContent = `Share ${model.lists.get(current)?.name}`;
   part("share-name").value = part("share-error").textContent = "";
   part("share-others").hidden = !known.length;
-  part("share-others-list").replaceChildren(...known.map(({ id, nickname }) => {
-    const avatar = make("span", { className: "avatar", "aria-hidden": "true" }, [...nickname][0].toUpperCase());
-    const shareToo = async () => {
-      await sync?.shareToo(id, current);
-      part("share-dialog").close();
-      toast(`Shared with ${nickname}.`);
-    };
-    return make("li", {}, make("button", { type: "button", onclick: shareToo }, avatar, nickname));
-  }));
+  part("share-others-list").replaceChildren(
+    ...known.map(({ id, nickname }) => {
+      const avatar = make(
+        "span",
+        { className: "avatar", "aria-hidden": "true" },
+        [...nickname][0].toUpperCase(),
+      );
+      const shareToo = async () => {
+        await sync?.shareToo(id, current);
+        part("share-dialog").close();
+        toast(`Shared with ${nickname}.`);
+      };
+      return make(
+        "li",
+        {},
+        make("button", { type: "button", onclick: shareToo }, avatar, nickname),
+      );
+    }),
+  );
   if (sync?.blocked) part("share-error").textContent = sync.blocked;
   part("share-relay").hidden = true;
   part("share-dialog").showModal();
@@ -411,27 +604,38 @@ async function askShare() {
 }
 
 async function share() {
+  await begun;
   if (!sync) throw new Error("Sharing does not work here: see the notice at the top.");
   const name = required(part("share-name").value, MAX_NAME_CHARS);
-  if (!await hasRelay()) await setRelays(part("share-relay-url").value, "");
+  if (!(await hasRelay())) await setRelays(part("share-relay-url").value, "");
   const link = await sync.share(name, [current]);
   navigator.storage?.persist?.();
   showLink(name, link);
   return "stay";
 }
 
-/** @param {string} name @param {string} link */
+/**
+ * @param {string} name
+ * @param {string} link
+ */
 function showLink(name, link) {
   const grid = makeQr(link);
-  const path = pathOf(grid).replace(/M(\d+) (\d+)/g, (_, x, y) => `M${Number(x) + QUIET_ZONE} ${Number(y) + QUIET_ZONE}`);
+  const path = pathOf(grid).replace(
+    /M(\d+) (\d+)/g,
+    (_, x, y) => `M${Number(x) + QUIET_ZONE} ${Number(y) + QUIET_ZONE}`,
+  );
   part("share-who").hidden = true;
   part("share-link").hidden = false;
   part("share-link-title").textContent = `A link for ${name}`;
-  part("qr").replaceChildren(codeImage(path, grid.length + 2 * QUIET_ZONE, `QR code of the link for ${name}`));
+  part("qr").replaceChildren(
+    codeImage(path, grid.length + 2 * QUIET_ZONE, `QR code of the link for ${name}`),
+  );
   part("share-url").value = link;
   part("copied").textContent = "";
   part("send").hidden = !navigator.share;
-  part("send").onclick = () => navigator.share({ title: "Shopping list", url: link }).catch(() => {}); // the user changed his mind
+  part("send").onclick = () =>
+    // The user changed their mind.
+    navigator.share({ title: "Shopping list", url: link }).catch(() => {});
   part("copy").onclick = () => copy(link);
   if (!part("share-dialog").open) part("share-dialog").showModal();
   part("share-link-title").focus();
@@ -440,20 +644,28 @@ function showLink(name, link) {
 /** @param {string} link */
 async function copy(link) {
   part("share-url").select();
-  const isCopied = await navigator.clipboard?.writeText(link).then(() => true, () => false);
-  part("copied").textContent = isCopied ? "Copied. Paste it into a message." : "Copy the marked text.";
+  const isCopied = await navigator.clipboard?.writeText(link).then(
+    () => true,
+    () => false,
+  );
+  part("copied").textContent = isCopied
+    ? "Copied. Paste it into a message."
+    : "Copy the selected text.";
 }
 
 /** Ask before anything is sent: chat programs open links too. */
 async function confirmInvitation() {
+  await begun;
+  let relays = [];
   try {
     if (!sync) throw new Error("Sharing does not work here: see the notice at the top.");
-    sync.checkLink(invitation);
+    relays = await sync.checkLink(invitation);
   } catch (/** @type {any} */ error) {
     notify("link", error.message);
     return;
   }
   notices.delete("link");
+  part("connect-relays").textContent = relays.join(", ");
   part("connect-name").value = part("connect-error").textContent = "";
   part("connect-dialog").showModal();
 }
@@ -464,10 +676,11 @@ async function connect() {
   navigator.storage?.persist?.();
 }
 
-function openPasted() {
+async function openPasted() {
+  await begun;
   if (!sync) throw new Error("Sharing does not work here: see the notice at the top.");
   const link = part("link-text").value;
-  sync.checkLink(link);
+  await sync.checkLink(link);
   invitation = link;
   part("link-dialog").close();
   confirmInvitation();
@@ -476,8 +689,16 @@ function openPasted() {
 /** @param {any} person */
 function compare(person) {
   part("compare-title").textContent = `Compare with ${person.nickname}`;
-  part("emoji").replaceChildren(...person.emoji.map((/** @type {string[]} */ [sign, name]) => (
-    make("li", {}, make("span", { className: "sign", "aria-hidden": "true" }, sign), make("span", {}, name)))));
+  part("emoji").replaceChildren(
+    ...person.emoji.map((/** @type {string[]} */ [sign, name]) =>
+      make(
+        "li",
+        {},
+        make("span", { className: "sign", "aria-hidden": "true" }, sign),
+        make("span", {}, name),
+      ),
+    ),
+  );
   part("emoji-same").onclick = async () => {
     part("compare-dialog").close();
     await sync?.verify(person.id, true);
@@ -485,23 +706,37 @@ function compare(person) {
   };
   part("emoji-differ").onclick = async () => {
     part("compare-dialog").close();
+    hush();
     await sync?.verify(person.id, false);
-    askUnshare(person, "Somebody may stand between you and read along. Unshare, then share again by another way, best face to face with the QR code.");
+    askUnshare(
+      person,
+      "Somebody may stand between you and read along. Unshare, then share again in another way, "
+        + "ideally face to face with the QR code.",
+    );
   };
   part("compare-dialog").showModal();
 }
 
-/** @param {any} person @param {string} [words] */
+/**
+ * @param {any} person
+ * @param {string} [words]
+ */
 function askUnshare(person, words) {
   const has = (/** @type {string} */ id) => model.lists.has(id);
-  const [given, got] = [person.lists.filter((/** @type {string} */ id) => has(id) && !person.theirs.includes(id)), person.theirs.filter(has)];
+  const [given, got] = [
+    person.lists.filter((/** @type {string} */ id) => has(id) && !person.theirs.includes(id)),
+    person.theirs.filter(has),
+  ];
   chosen = person.id;
   part("unshare-title").textContent = `Unshare with ${person.nickname}?`;
-  part("unshare-text").textContent = words ?? `Changes are not sent any more. ${person.nickname} is told.`;
+  part("unshare-text").textContent = words ?? endWords(person);
   part("unshare-there-row").hidden = !given.length || !person.connected;
-  part("unshare-there-text").textContent = `Have ${person.nickname}'s app delete its copy of ${listNames(given)}.`;
+  part("unshare-there-text").textContent =
+    `Ask ${person.nickname}'s app to delete its copy of ${listNames(given)}.`;
   if (given.length && !person.connected && !person.link) {
-    part("unshare-text").textContent += ` The app there is not connected now: it will ask whether to keep the copy of ${listNames(given)}.`;
+    part("unshare-text").textContent +=
+      " The app there is not connected now: "
+      + `it will ask whether to keep the copy of ${listNames(given)}.`;
   }
   part("unshare-here-row").hidden = !got.length;
   part("unshare-here-text").textContent = `Delete my copy of ${listNames(got)} here.`;
@@ -509,8 +744,17 @@ function askUnshare(person, words) {
   part("unshare-dialog").showModal();
 }
 
+/** @param {any} person */
+function endWords({ link, nickname }) {
+  if (link) return "The link no longer works.";
+  return `Changes are no longer sent. ${nickname} is told as soon as a relay can be reached.`;
+}
+
 async function unshare() {
-  await sync?.unshare(chosen, { deleteThere: part("unshare-there").checked, deleteHere: part("unshare-here").checked });
+  await sync?.unshare(chosen, {
+    deleteThere: part("unshare-there").checked,
+    deleteHere: part("unshare-here").checked,
+  });
 }
 
 // ---------------------------------------------------------------------------------------
@@ -521,45 +765,113 @@ async function unshare() {
 const wordsOf = (text) => text.split(/\s+/).filter(Boolean);
 
 function useRelays() {
-  if (relaysByQuery.length) sync?.setRelays(relaysByQuery, "");
-  else sync?.setRelays(wordsOf(settings.relay ?? ""), settings.relayKey ?? "");
+  sync?.setRelays(wordsOf(settings.relay ?? ""), settings.relayKey ?? "");
 }
 
-/** Return whether there is a relay for new links: in the settings, or this page's own server if it is one. */
+/**
+ * Ask whether new links go through the relays that the page's address names. Anybody can send
+ * somebody such an address, and whoever runs a relay sees who uses it, and when.
+ */
+async function offerRelays() {
+  // A URL is ASCII. Whatever else somebody wrote there is not shown.
+  const urls = wordsOf(offeredRelays).filter((word) => URL.canParse(word));
+  const offered = urls.map(relayUrl).join(" ");
+  if (!offered || offered === settings.relay) return;
+  part("relay-offered").textContent = offered;
+  part("relay-now").textContent = settings.relay
+    ? `Now they go through ${settings.relay}.`
+    : "";
+  part("relay-error").textContent = "";
+  const dialog = part("relay-dialog");
+  dialog.showModal();
+  await new Promise((resolve) => {
+    dialog.addEventListener("close", resolve, { once: true });
+  });
+}
+
+/**
+ * Return whether there is a relay for new links: in the settings, or this page's own server if it
+ * is one.
+ */
 async function hasRelay() {
-  if (relaysByQuery.length || settings.relay) return true;
+  if (settings.relay) return true;
   const own = `${location.origin}/`;
-  if (!await isRelay(own)) return false;
+  if (!(await isRelay(own))) return false;
   sync?.setRelays([own], "");
   return true;
+}
+
+/** @param {string} word that a user or an address gave; one that is no URL stays as it is */
+function relayUrl(word) {
+  return URL.canParse(word) ? new URL(word).href : word;
 }
 
 /** @param {string} url */
 async function isRelay(url) {
   try {
-    const reply = await fetch(url, { headers: { Accept: "application/json" }, credentials: "omit", redirect: "error",
-      cache: "no-store", signal: AbortSignal.timeout(RELAY_TIMEOUT_MS) });
+    const reply = await fetch(url, {
+      headers: { Accept: "application/json" },
+      credentials: "omit",
+      redirect: "error",
+      cache: "no-store",
+      signal: AbortSignal.timeout(RELAY_TIMEOUT_MS),
+    });
     return typeof (await reply.json()).retention !== "undefined";
   } catch {
     return false;
   }
 }
 
-/** Keep relays that answer; throw an error for another. @param {string} text @param {string} key */
+/**
+ * Keep relays that answer; throw an error for another.
+ * @param {string} text
+ * @param {string} key
+ */
 async function setRelays(text, key) {
-  const urls = wordsOf(text).map((word) => (URL.canParse(word) ? new URL(word).href : ""));
-  if (!urls.length && part("share-dialog").open) throw new Error("Without a relay the two devices cannot find each other: write the address of one.");
-  if (urls.length > MAX_RELAYS) throw new Error(`More than ${MAX_RELAYS} relays make links too long: take some away.`);
+  const urls = wordsOf(text).map(relayUrl);
+  if (!urls.length && part("share-dialog").open) {
+    throw new Error(
+      "Without a relay the two devices cannot find each other: write the address of one.",
+    );
+  }
+  if (urls.length > MAX_RELAYS) {
+    throw new Error(`At most ${MAX_RELAYS} relays fit into a link. Remove some.`);
+  }
   for (const url of urls) {
-    if (!/^https:|^http:\/\/(localhost|127\.)/.test(url)) throw new Error("A relay is asked over https: its address begins with https://.");
-    if (navigator.onLine && !await isRelay(url)) throw new Error(`No relay answers at this address: ${url} Check it, and try again.`);
+    if (!/^https:|^http:\/\/(localhost|127\.)/.test(url)) {
+      throw new Error("A relay is asked over https: its address begins with https://.");
+    }
+    if (navigator.onLine && !(await isRelay(url))) {
+      throw new Error(`No relay answers at ${url}. Check the address.`);
+    }
   }
   await setSetting("relay", urls.join(" "));
   await setSetting("relayKey", key);
   useRelays();
 }
 
+/** Return the TURN server that is typed in, if any; throw an error that says what is wrong. */
+async function turnServers() {
+  const { checkIceServers } = await import("./lib.js");
+  const urls = wordsOf(part("turn-url").value);
+  const username = part("turn-user").value.trim();
+  const credential = part("turn-password").value;
+  return checkIceServers(urls.length ? [{ urls, username, credential }] : []);
+}
+
+/** @param {RTCIceServer[]} turn */
+async function setTurn(turn) {
+  if (JSON.stringify(turn) === JSON.stringify(settings.turn ?? [])) return;
+  await setSetting("turn", turn);
+  // Connections that are there go on with what they had, so all begin anew.
+  location.reload();
+}
+
 function askSettings() {
+  const [turn] = settings.turn ?? [];
+  part("turn-url").value = turn?.urls.join(" ") ?? "";
+  part("turn-user").value = turn?.username ?? "";
+  part("turn-password").value = turn?.credential ?? "";
   part("relay-url").value = settings.relay ?? "";
   part("relay-key").value = settings.relayKey ?? "";
   part("settings-error").textContent = "";
@@ -572,14 +884,25 @@ function askSettings() {
 
 function connectParts() {
   const clicks = {
-    "open-settings": askSettings, "edit-list": editList, share: askShare,
+    "open-settings": askSettings,
+    "edit-list": editList,
+    share: askShare,
     "new-list": () => askName("New list", "", addList),
-    "have-link": () => { part("link-text").value = part("link-error").textContent = ""; part("link-dialog").showModal(); },
+    "have-link": () => {
+      part("link-text").value = part("link-error").textContent = "";
+      part("link-dialog").showModal();
+    },
     "clear-done": () => deleteItems(model.itemsOf(current).filter(({ done }) => done)),
-    "item-delete": () => { part("item-dialog").close(); deleteItems([/** @type {any} */ (model.items.get(chosen))]); },
+    "item-delete": () => {
+      part("item-dialog").close();
+      deleteItems([/** @type {any} */ (model.items.get(chosen))]);
+    },
   };
   for (const [id, act] of Object.entries(clicks)) part(id).addEventListener("click", act);
-  part("add").addEventListener("submit", (/** @type {Event} */ event) => { event.preventDefault(); addItem(); });
+  part("add").addEventListener("submit", (/** @type {Event} */ event) => {
+    event.preventDefault();
+    addItem();
+  });
   part("first-list").addEventListener("submit", (/** @type {Event} */ event) => {
     event.preventDefault();
     addList(part("first-name").value.trim() || "Groceries");
@@ -587,10 +910,17 @@ function connectParts() {
   onSubmit("share-form", "share-error", share);
   onSubmit("connect-form", "connect-error", connect);
   onSubmit("link-form", "link-error", openPasted);
-  onSubmit("name-form", "name-error", () => part("name-form").done(required(part("name-text").value, MAX_NAME_CHARS)));
+  onSubmit("name-form", "name-error", () =>
+    part("name-form").done(required(part("name-text").value, MAX_NAME_CHARS)),
+  );
   onSubmit("item-form", "", saveItem);
   onSubmit("unshare-form", "", unshare);
-  onSubmit("settings-form", "settings-error", () => setRelays(part("relay-url").value, part("relay-key").value.trim()));
+  onSubmit("relay-form", "relay-error", () => setRelays(part("relay-offered").textContent, ""));
+  onSubmit("settings-form", "settings-error", async () => {
+    const turn = await turnServers();
+    await setRelays(part("relay-url").value, part("relay-key").value.trim());
+    await setTurn(turn);
+  });
   window.addEventListener("hashchange", () => {
     invitation = takeInvitation() || invitation;
     if (invitation) confirmInvitation();
@@ -600,7 +930,11 @@ function connectParts() {
 
 begin().catch((error) => {
   console.error(error);
-  notify("broken", "This page could not start. Load it again; if that does not help, use a newer browser.");
+  notify(
+    "broken",
+    "This page could not start. Load it again; if that does not help, use a newer browser.",
+  );
   drawNotices();
 });
-beginOffline().catch(() => {}); // it works online all the same
+// Without it the page still works online.
+beginOffline().catch(() => {});

@@ -1,16 +1,24 @@
 // @ts-check
 /**
- * What this device keeps: IndexedDB, read once and written with every change. Other tabs of the page are told.
+ * What this device keeps: IndexedDB, a record for each list and each item. It is read once. A
+ * change writes what has changed, and tells it to other tabs of the page.
  * @module
  */
 
+/** @import { Changes } from "./model.js" */
+
 const KINDS = ["lists", "items", "contacts", "settings"];
 
-/** @template T @param {IDBRequest<T>} request @returns {Promise<T>} */
-const done = (request) => new Promise((resolve, reject) => {
-  request.onsuccess = () => resolve(request.result);
-  request.onerror = () => reject(request.error);
-});
+/**
+ * @template T
+ * @param {IDBRequest<T>} request
+ * @returns {Promise<T>}
+ */
+const done = (request) =>
+  new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
 
 /** @param {IDBTransaction} transaction */
 function abort(transaction) {
@@ -21,31 +29,37 @@ function abort(transaction) {
   }
 }
 
-/** A sentence for the user. @param {any} error */
+/**
+ * A sentence for the user.
+ * @param {any} error
+ */
 function wordsFor(error) {
   return error?.name === "QuotaExceededError"
-    ? "The storage of this browser is full. What you changed last is in this tab only: free some space, then change it again."
-    : "This browser keeps nothing for this page. Allow it to, or leave private browsing: until then your lists are in this tab only.";
+    ? "The storage of this browser is full. What you changed last is in this tab only: "
+        + "free some space, then change it again."
+    : "This browser keeps nothing for this page. Allow it to, or leave private browsing: "
+        + "until then your lists are in this tab only.";
 }
 
 export class Keeper {
   /**
    * @param {(words: string) => void} onProblem is called when something could not be kept
-   * @param {() => void} onElsewhere is called when another tab has changed something
+   * @param {(changes: Changes) => void} onElsewhere is called with what another tab has changed
    */
   constructor(onProblem, onElsewhere) {
     this._onProblem = onProblem;
     /** @type {IDBDatabase | null} */
     this._db = null;
     this._tabs = new BroadcastChannel("shopping_list");
-    this._tabs.onmessage = onElsewhere;
+    this._tabs.onmessage = ({ data }) => data.lists && data.items && onElsewhere(data);
   }
 
   /** Open the database; without one everything works until the tab is closed. */
   async open(name = "shopping_list") {
     try {
       const request = indexedDB.open(name, 1);
-      request.onupgradeneeded = () => KINDS.forEach((kind) => request.result.createObjectStore(kind, { keyPath: "id" }));
+      request.onupgradeneeded = () =>
+        KINDS.forEach((kind) => request.result.createObjectStore(kind, { keyPath: "id" }));
       this._db = await done(request);
     } catch (error) {
       this._onProblem(wordsFor(error));
@@ -56,22 +70,33 @@ export class Keeper {
   async load() {
     if (!this._db) return Object.fromEntries(KINDS.map((kind) => [kind, []]));
     const transaction = this._db.transaction(KINDS);
-    const found = await Promise.all(KINDS.map((kind) => done(transaction.objectStore(kind).getAll())));
+    const found = await Promise.all(
+      KINDS.map((kind) => done(transaction.objectStore(kind).getAll())),
+    );
     return Object.fromEntries(KINDS.map((kind, place) => [kind, found[place]]));
   }
 
-  /** Keep records, by kind, and delete ids, by kind, all or nothing. @param {Record<string, any[]>} put @param {Record<string, string[]>} [remove] */
+  /**
+   * Keep records, by kind, and delete ids, by kind, all or nothing.
+   * @param {Record<string, any[]>} put
+   * @param {Record<string, string[]>} [remove]
+   */
   async write(put, remove = {}) {
     const transaction = this._db?.transaction(KINDS, "readwrite");
     if (!transaction) return;
     try {
-      for (const [kind, records] of Object.entries(put)) for (const record of records) transaction.objectStore(kind).put(record);
-      for (const [kind, ids] of Object.entries(remove)) for (const id of ids) transaction.objectStore(kind).delete(id);
+      for (const [kind, records] of Object.entries(put)) {
+        for (const record of records) transaction.objectStore(kind).put(record);
+      }
+      for (const [kind, ids] of Object.entries(remove)) {
+        for (const id of ids) transaction.objectStore(kind).delete(id);
+      }
       await new Promise((resolve, reject) => {
         transaction.oncomplete = resolve;
         transaction.onabort = () => reject(transaction.error);
       });
-      this._tabs.postMessage("changed");
+      const { lists = [], items = [] } = put;
+      if (lists.length || items.length) this._tabs.postMessage({ lists, items });
     } catch (error) {
       abort(transaction);
       this._onProblem(wordsFor(error));

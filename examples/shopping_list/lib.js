@@ -1,11 +1,16 @@
 // @ts-check
 /**
- * connectoid.js, wherever it is: two folders up, as in a checkout; or beside this file, when the folder was copied alone.
+ * The library: the modules of a checkout, or one built file beside this one.
+ *
+ * The second is for a copy of this folder alone. `npm run build` in js/ makes that file.
  * @module
  */
 
 const BESIDE = "./connectoid.js";
-/** @type {typeof import("../../connectoid.js")} */
-const library = await import("../../connectoid.js").catch(() => import(BESIDE));
+/** @type {typeof import("../../js/connectoid.js")} */
+const library = await import("../../js/connectoid.js").catch(() => import(BESIDE));
 
-export const { Connectoid, EMOJI, Store, StoreError, makeLink, readLink } = library;
+export const {
+  Connectoid, EMOJI, NotConnectedError, RelayError, Store, StoreError, appOfContact,
+  checkIceServers, makeLink, parseAddress, readLink, shown,
+} = library;

@@ -1,32 +1,59 @@
 // @ts-check
 /**
- * The lists and their items: what a change is, what may come from others, and which of two versions wins. Pure: the
- * clock and chance are handed in, nothing is written or sent. peer.py has the same rules.
+ * The lists and their items: what a change is, what may come from others, and which of two
+ * versions wins. Pure: the clock and chance are handed in, nothing is written or sent. peer.py
+ * has the same rules.
  *
- * Every record carries `updatedAt` (milliseconds of the device that changed it) and `by` (that device): the larger pair
- * wins, everywhere. What is deleted stays as a tombstone, so that a device that was away does not bring it back.
+ * Every record carries `updatedAt` (milliseconds of the device that changed it) and `by` (that
+ * device): the larger pair wins, everywhere. What is deleted stays as a tombstone, so that a
+ * device that was away does not bring it back.
+ *
+ * No honest clock is more than a day ahead: contacts whose clocks differ by more do not even
+ * connect. A time beyond that would win over every later change. So such a record changes nothing
+ * that is there, and one that is new, or was kept before this rule, gets the present time.
  * @module
  */
 
-export const MAX_LISTS = 200; // tombstones included
-export const MAX_LISTS_OF_CONTACT = 50; // that one contact may add here
-export const MAX_ITEMS = 2_000; // of a list, tombstones included: about 400 KB to sync
+// Tombstones included.
+export const MAX_LISTS = 200;
+// How many a contact may add here.
+export const MAX_LISTS_OF_CONTACT = 50;
+// Of a list, tombstones included: about 400 KB to sync.
+export const MAX_ITEMS = 2_000;
+// In all lists that are shared with a contact, tombstones included: the two tell each other all of
+// them whenever they connect. Beyond that the contact adds nothing. The user still may.
+export const MAX_ITEMS_OF_CONTACT = 10_000;
+// The same in bytes, with ITEM_BYTES for what is not text.
+export const MAX_BYTES_OF_CONTACT = 4_000_000;
+const ITEM_BYTES = 200;
 export const MAX_NAME_CHARS = 60;
 export const MAX_TEXT_CHARS = 200;
 export const MAX_QUANTITY_CHARS = 20;
-export const MAX_AT = 2 ** 52; // milliseconds; leaves room for our own, later changes
-const TOMBSTONE_MS = 365 * 86_400_000; // who was away for longer may bring deleted things back
+// Milliseconds: the form. What may be taken is MAX_AHEAD_MS.
+export const MAX_AT = 2 ** 52;
+// By how much the time of a change may be ahead of this device's clock: a day, as in PROTOCOL.md.
+export const MAX_AHEAD_MS = 86_400_000;
+// 2026-11-23. A clock that shows less is not set, and judges nobody's times.
+const CLOCK_SET_MS = 1_795_392_000_000;
+// A device that was away for longer may bring deleted things back.
+const TOMBSTONE_MS = 365 * 86_400_000;
 
-const MAX_MESSAGE_CHARS = 65_536; // what a channel carries
-const MESSAGE_BYTES = 48_000; // that we put in one, of JSON
-const MAX_RECORDS = 500; // in a message
+// The most that a channel carries.
+const MAX_MESSAGE_CHARS = 65_536;
+// How much JSON we put in one message.
+const MESSAGE_BYTES = 48_000;
+// In a message.
+const MAX_RECORDS = 500;
 
 /**
  * @typedef {{id: string, name: string, updatedAt: number, by: string, deleted: boolean}} List
- * @typedef {{id: string, list: string, text: string, quantity: string, done: boolean, updatedAt: number, by: string,
- *   deleted: boolean}} Item
+ * @typedef {{id: string, list: string, text: string, quantity: string, done: boolean,
+ *   updatedAt: number, by: string, deleted: boolean}} Item
  * @typedef {{lists: List[], items: Item[]}} Changes
- * @typedef {{type: "changes", number: number, lists: List[], items: Item[]} | {type: "ack", number: number}
+ * @typedef {{items: number, bytes: number, refused: number}} Room what a contact may still add, and
+ *   how many lists and items found no room
+ * @typedef {{type: "changes", number: number, lists: List[], items: Item[]}
+ *   | {type: "ack", number: number, refused: number}
  *   | {type: "bye", number: number, delete: boolean}} Message
  */
 
@@ -35,9 +62,14 @@ const MAX_RECORDS = 500; // in a message
 // ---------------------------------------------------------------------------------------
 
 const ID = /^[\w-]{8,40}$/;
-const UNPRINTABLE = /[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\u202a-\u202e\u2066-\u2069]/u; // nor what turns the direction of text
+// Nor characters that change the direction of text.
+const UNPRINTABLE = /[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\u202a-\u202e\u2066-\u2069]/u;
 
-/** Text that a person typed, as it may be kept. @param {string} text @param {number} maxChars */
+/**
+ * Text that a person typed, as it may be kept.
+ * @param {string} text
+ * @param {number} maxChars
+ */
 export function tidy(text, maxChars) {
   const clean = text.replace(new RegExp(UNPRINTABLE, "gu"), " ").replace(/\s+/g, " ").trim();
   return [...clean].slice(0, maxChars).join("").trim();
@@ -48,20 +80,37 @@ function must(condition) {
   if (!condition) throw new TypeError("This is no message of a shopping list.");
 }
 
-/** @param {unknown} text @param {number} maxChars */
+/**
+ * @param {unknown} text
+ * @param {number} maxChars
+ */
 function isText(text, maxChars) {
-  return typeof text === "string" && text.length <= 2 * maxChars && [...text].length <= maxChars && !UNPRINTABLE.test(text);
+  return (
+    typeof text === "string" &&
+    text.length <= 2 * maxChars &&
+    [...text].length <= maxChars &&
+    !UNPRINTABLE.test(text)
+  );
 }
 
 /** @param {any} record */
 function checkRecord(record) {
   must(typeof record === "object" && record !== null);
-  must(typeof record.id === "string" && ID.test(record.id) && typeof record.by === "string" && ID.test(record.by));
+  must(
+    typeof record.id === "string" &&
+      ID.test(record.id) &&
+      typeof record.by === "string" &&
+      ID.test(record.by),
+  );
   must(Number.isInteger(record.updatedAt) && record.updatedAt >= 0 && record.updatedAt <= MAX_AT);
   must(typeof record.deleted === "boolean");
 }
 
-/** Return a list as it may be kept; throw TypeError. @param {any} value @returns {List} */
+/**
+ * Return a list as it may be kept; throw TypeError.
+ * @param {any} value
+ * @returns {List}
+ */
 export function checkList(value) {
   checkRecord(value);
   const { id, name, updatedAt, by, deleted } = value;
@@ -69,7 +118,11 @@ export function checkList(value) {
   return { id, name, updatedAt, by, deleted };
 }
 
-/** Return an item as it may be kept; throw TypeError. @param {any} value @returns {Item} */
+/**
+ * Return an item as it may be kept; throw TypeError.
+ * @param {any} value
+ * @returns {Item}
+ */
 export function checkItem(value) {
   checkRecord(value);
   const { id, list, text, quantity, done, updatedAt, by, deleted } = value;
@@ -78,7 +131,11 @@ export function checkItem(value) {
   return { id, list, text, quantity, done, updatedAt, by, deleted };
 }
 
-/** Return a message that came; null for a type of later versions; throw TypeError. @param {unknown} text @returns {Message | null} */
+/**
+ * Return a message that came; null for a type of later versions; throw TypeError.
+ * @param {unknown} text
+ * @returns {Message | null}
+ */
 export function readMessage(text) {
   must(typeof text === "string" && text.length <= MAX_MESSAGE_CHARS);
   let message;
@@ -91,20 +148,32 @@ export function readMessage(text) {
   const { type, number } = message;
   if (!["changes", "ack", "bye"].includes(type)) return null;
   must(Number.isSafeInteger(number) && number > 0);
-  if (type === "ack") return { type, number };
+  if (type === "ack") {
+    // An earlier version did not say it.
+    const { refused = 0 } = message;
+    must(Number.isSafeInteger(refused) && refused >= 0 && refused <= MAX_RECORDS);
+    return { type, number, refused };
+  }
   if (type === "bye") return { type, number, delete: message.delete === true };
   const { lists, items } = message;
-  must(Array.isArray(lists) && Array.isArray(items) && lists.length + items.length <= MAX_RECORDS);
+  must(
+    Array.isArray(lists) && Array.isArray(items) && lists.length + items.length <= MAX_RECORDS,
+  );
   return { type, number, lists: lists.map(checkList), items: items.map(checkItem) };
 }
 
-/** Return messages that carry all these changes, lists before their items. @param {Changes} changes */
+/**
+ * Return messages that carry all these changes, lists before their items.
+ * @param {Changes} changes
+ */
 export function writeChanges({ lists, items }) {
   /** @type {Changes[]} */
   const parts = [];
   let room = 0;
-  for (const [kind, record] of /** @type {["lists" | "items", any][]} */ (
-    [...lists.map((list) => ["lists", list]), ...items.map((item) => ["items", item])])) {
+  for (const [kind, record] of /** @type {["lists" | "items", any][]} */ ([
+    ...lists.map((list) => ["lists", list]),
+    ...items.map((item) => ["items", item]),
+  ])) {
     const octets = new TextEncoder().encode(JSON.stringify(record)).length + 1;
     const part = parts.at(-1);
     if (!part || octets > room || part.lists.length + part.items.length >= MAX_RECORDS) {
@@ -121,18 +190,37 @@ export function writeChanges({ lists, items }) {
 // The model.
 // ---------------------------------------------------------------------------------------
 
-/** @param {{updatedAt: number, by: string}} one @param {{updatedAt: number, by: string}} other */
+/**
+ * @param {{updatedAt: number, by: string}} one
+ * @param {{updatedAt: number, by: string}} other
+ */
 export function isNewer(one, other) {
   return one.updatedAt === other.updatedAt ? one.by > other.by : one.updatedAt > other.updatedAt;
 }
 
+/**
+ * Return about how many bytes an item takes.
+ * @param {Item} item
+ */
+function bytesOf({ text, quantity }) {
+  return ITEM_BYTES + UTF8.encode(text + quantity).length;
+}
+
+const UTF8 = new TextEncoder();
+
+/** @returns {Room} */
+const unbounded = () => ({ items: Infinity, bytes: Infinity, refused: 0 });
+
 /** @param {number} count of random characters, 6 bits each */
 export function randomId(count = 11) {
   const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
-  return Array.from(crypto.getRandomValues(new Uint8Array(count)), (octet) => letters[octet & 63]).join("");
+  return Array.from(
+    crypto.getRandomValues(new Uint8Array(count)),
+    (octet) => letters[octet & 63],
+  ).join("");
 }
 
-/** Is thrown, with a sentence for the user, where a list can hold no more. */
+/** A list can hold no more; the message is a sentence for the user. */
 export class FullError extends Error {}
 
 export class Model {
@@ -143,6 +231,11 @@ export class Model {
     this.lists = new Map();
     /** @type {Map<string, Item>} */
     this.items = new Map();
+    // The same by their list: no change of one item looks at all others.
+    /** @type {Map<string, Map<string, Item>>} */
+    this._byList = new Map();
+    /** @type {Map<string, number>} */
+    this._bytes = new Map();
     this._now = now;
     this._makeId = makeId;
     this._lastAt = 0;
@@ -155,40 +248,100 @@ export class Model {
     return [...this.lists.values()].filter((list) => !list.deleted).sort(byId);
   }
 
-  /** Return the items of a list that are not deleted, in the order in which they were added. @param {string} list */
+  /**
+   * Return the items of a list that are not deleted, in the order in which they were added.
+   * @param {string} list
+   */
   itemsOf(list) {
-    return [...this.items.values()].filter((item) => item.list === list && !item.deleted).sort(byId);
+    return [...this._of(list).values()].filter((item) => !item.deleted).sort(byId);
   }
 
-  /** Return all that is known of these lists, tombstones too. @param {Iterable<string>} ids @returns {Changes} */
+  /**
+   * Return how many items of a list are still to buy.
+   * @param {string} list
+   */
+  openCountOf(list) {
+    let count = 0;
+    for (const { deleted, done } of this._of(list).values()) count += Number(!deleted && !done);
+    return count;
+  }
+
+  /**
+   * Return all that is known of these lists, tombstones too.
+   * @param {Iterable<string>} ids
+   * @returns {Changes}
+   */
   allOf(ids) {
-    const wanted = new Set(ids);
+    const wanted = [...new Set(ids)];
     return {
-      lists: [...this.lists.values()].filter(({ id }) => wanted.has(id)),
-      items: [...this.items.values()].filter(({ list }) => wanted.has(list)),
+      lists: wanted.flatMap((id) => this.lists.get(id) ?? []),
+      items: wanted.flatMap((id) => [...this._of(id).values()]),
     };
+  }
+
+  /**
+   * Return what a contact may still add to the lists that are shared with it.
+   * @param {Iterable<string>} ids
+   * @returns {Room}
+   */
+  roomIn(ids) {
+    const room = { items: MAX_ITEMS_OF_CONTACT, bytes: MAX_BYTES_OF_CONTACT, refused: 0 };
+    for (const id of ids) {
+      room.items -= this._of(id).size;
+      room.bytes -= this._bytes.get(id) ?? 0;
+    }
+    return room;
   }
 
   // -- Changes of the user: each returns the record, to be kept and sent ----------------
 
-  /** @param {string} name @returns {List} */
+  /**
+   * @param {string} name
+   * @returns {List}
+   */
   addList(name) {
-    if (this.lists.size >= MAX_LISTS) throw new FullError("There are too many lists: delete one first.");
+    if (this.lists.size >= MAX_LISTS) {
+      throw new FullError("There are too many lists: delete one first.");
+    }
     return this._setList({ id: this._newId(), name, updatedAt: 0, by: "", deleted: false });
   }
 
-  /** @param {string} id @param {Partial<Pick<List, "name" | "deleted">>} changes @returns {List} */
+  /**
+   * @param {string} id
+   * @param {Partial<Pick<List, "name" | "deleted">>} changes
+   * @returns {List}
+   */
   changeList(id, changes) {
     return this._setList({ .../** @type {List} */ (this.lists.get(id)), ...changes });
   }
 
-  /** @param {string} list @param {string} text @param {string} quantity @returns {Item} */
+  /**
+   * @param {string} list
+   * @param {string} text
+   * @param {string} quantity
+   * @returns {Item}
+   */
   addItem(list, text, quantity) {
-    if (this._countOf(list) >= MAX_ITEMS) throw new FullError("This list is full: go on with a new one.");
-    return this._setItem({ id: this._newId(), list, text, quantity, done: false, updatedAt: 0, by: "", deleted: false });
+    if (this._of(list).size >= MAX_ITEMS) {
+      throw new FullError("This list is full: go on with a new one.");
+    }
+    return this._setItem({
+      id: this._newId(),
+      list,
+      text,
+      quantity,
+      done: false,
+      updatedAt: 0,
+      by: "",
+      deleted: false,
+    });
   }
 
-  /** @param {string} id @param {Partial<Pick<Item, "text" | "quantity" | "done" | "deleted">>} changes @returns {Item} */
+  /**
+   * @param {string} id
+   * @param {Partial<Pick<Item, "text" | "quantity" | "done" | "deleted">>} changes
+   * @returns {Item}
+   */
   changeItem(id, changes) {
     return this._setItem({ .../** @type {Item} */ (this.items.get(id)), ...changes });
   }
@@ -196,88 +349,205 @@ export class Model {
   // -- Changes from elsewhere -----------------------------------------------------------
 
   /**
-   * Take what is newer, and return that. `mayWrite` says which lists the sender may change or add; items without their
-   * list are left out, and an item never moves to another list.
-   * @param {Changes} changes @param {(list: string, isNew: boolean) => boolean} [mayWrite] @returns {Changes}
+   * Take what is newer, and return that. `mayWrite` says which lists the sender may change or
+   * add, and `room` what still fits: it is used up. Items without their list are left out, and an
+   * item never moves to another list.
+   * @param {Changes} changes
+   * @param {(list: string, isNew: boolean) => boolean} [mayWrite]
+   * @param {Room} [room]
+   * @returns {Changes}
    */
-  merge({ lists, items }, mayWrite = () => true) {
-    return {
-      lists: lists.filter((list) => mayWrite(list.id, !this.lists.has(list.id)) && this._mergeList(list)),
-      items: items.filter((item) => this.lists.has(item.list) && mayWrite(item.list, false) && this._mergeItem(item)),
-    };
+  merge({ lists, items }, mayWrite = () => true, room = unbounded()) {
+    /** @type {Changes} */
+    const taken = { lists: [], items: [] };
+    for (const list of lists) {
+      const isNew = !this.lists.has(list.id);
+      if (!mayWrite(list.id, isNew)) {
+        room.refused += 1;
+        continue;
+      }
+      const merged = this._mergeList(list, room);
+      if (merged) taken.lists.push(merged);
+    }
+    for (const item of items) {
+      if (!this.lists.has(item.list) || !mayWrite(item.list, false)) {
+        room.refused += 1;
+        continue;
+      }
+      const merged = this._mergeItem(item, room);
+      if (merged) taken.items.push(merged);
+    }
+    return taken;
   }
 
-  /** Forget lists here, without a tombstone: the others keep them. @param {Iterable<string>} ids */
+  /**
+   * Take what this device has kept, and return what was healed: records with a time that no clock
+   * can have had.
+   * @param {Changes} kept
+   * @returns {Changes}
+   */
+  load(kept) {
+    const taken = this.merge(kept);
+    const before = new Map([...kept.lists, ...kept.items].map((one) => [one.id, one.updatedAt]));
+    const isHealed = (/** @type {List | Item} */ one) => before.get(one.id) !== one.updatedAt;
+    return { lists: taken.lists.filter(isHealed), items: taken.items.filter(isHealed) };
+  }
+
+  /**
+   * Forget lists here, without a tombstone: the others keep them.
+   * @param {Iterable<string>} ids
+   */
   forget(ids) {
     const gone = this.allOf(ids);
     for (const { id } of gone.lists) this.lists.delete(id);
-    for (const { id } of gone.items) this.items.delete(id);
+    for (const item of gone.items) this._dropItem(item);
     return gone;
   }
 
   /** Forget tombstones that everybody has seen by now, and return them. */
   purge() {
     const until = this._now() - TOMBSTONE_MS;
-    const old = [...this.items.values()].filter(({ deleted, updatedAt }) => deleted && updatedAt < until);
-    for (const { id } of old) this.items.delete(id);
+    const old = [...this.items.values()].filter(
+      ({ deleted, updatedAt }) => deleted && updatedAt < until,
+    );
+    for (const item of old) this._dropItem(item);
     return old;
   }
 
   // -- Inside ---------------------------------------------------------------------------
 
-  /** @param {List} list */
-  _mergeList(list) {
+  /**
+   * Return what is kept of a list that came, or null if it changes nothing or has no room.
+   * @param {List} list
+   * @param {Room} room
+   */
+  _mergeList(list, room) {
     const known = this.lists.get(list.id);
-    if (known ? !isNewer(list, known) : this.lists.size >= MAX_LISTS) return false;
+    if (known && !this._isNews(known, list, room)) return null;
+    if (!known && this.lists.size >= MAX_LISTS) {
+      room.refused += 1;
+      return null;
+    }
+    return this._keepList(this._healed(list));
+  }
+
+  /**
+   * Return what is kept of an item that came, or null if it changes nothing or has no room.
+   * @param {Item} item
+   * @param {Room} room
+   */
+  _mergeItem(item, room) {
+    const known = this.items.get(item.id);
+    if (known && known.list !== item.list) {
+      room.refused += 1;
+      return null;
+    }
+    if (known && !this._isNews(known, item, room)) return null;
+    const isFull = !known && this._of(item.list).size >= MAX_ITEMS;
+    const items = known ? 0 : 1;
+    const bytes = bytesOf(item) - (known ? bytesOf(known) : 0);
+    // What takes no more than before always has room.
+    if (isFull || (items && room.items < items) || (bytes > 0 && room.bytes < bytes)) {
+      room.refused += 1;
+      return null;
+    }
+    room.items -= items;
+    room.bytes -= bytes;
+    return this._keepItem(this._healed(item));
+  }
+
+  /**
+   * Return whether a record is to replace what is known. Count it if it never may.
+   * @param {List | Item} known
+   * @param {List | Item} record
+   * @param {Room} room
+   */
+  _isNews(known, record, room) {
+    if (this._isAhead(record)) {
+      room.refused += 1;
+      return false;
+    }
+    return isNewer(record, known);
+  }
+
+  /** @param {List | Item} record */
+  _isAhead(record) {
+    const now = this._now();
+    return now >= CLOCK_SET_MS && record.updatedAt > now + MAX_AHEAD_MS;
+  }
+
+  /**
+   * @template {List | Item} T
+   * @param {T} record
+   * @returns {T}
+   */
+  _healed(record) {
+    return this._isAhead(record) ? { ...record, updatedAt: this._now() } : record;
+  }
+
+  /** @param {List} list */
+  _keepList(list) {
     this.lists.set(list.id, list);
-    return true;
+    return list;
   }
 
   /** @param {Item} item */
-  _mergeItem(item) {
+  _keepItem(item) {
     const known = this.items.get(item.id);
-    if (known ? known.list !== item.list || !isNewer(item, known) : this._countOf(item.list) >= MAX_ITEMS) return false;
+    const growth = bytesOf(item) - (known ? bytesOf(known) : 0);
     this.items.set(item.id, item);
-    return true;
+    this._byList.set(item.list, this._of(item.list).set(item.id, item));
+    this._bytes.set(item.list, (this._bytes.get(item.list) ?? 0) + growth);
+    return item;
+  }
+
+  /** @param {Item} item */
+  _dropItem(item) {
+    this.items.delete(item.id);
+    this._of(item.list).delete(item.id);
+    this._bytes.set(item.list, (this._bytes.get(item.list) ?? 0) - bytesOf(item));
+  }
+
+  /**
+   * Return the items of a list, tombstones too.
+   * @param {string} list
+   * @returns {Map<string, Item>}
+   */
+  _of(list) {
+    return this._byList.get(list) ?? new Map();
   }
 
   /** @param {List} list */
   _setList(list) {
-    const changed = this._stamp(list);
-    this.lists.set(changed.id, changed);
-    return changed;
+    return this._keepList(this._stamp(list));
   }
 
   /** @param {Item} item */
   _setItem(item) {
-    const changed = this._stamp(item);
-    this.items.set(changed.id, changed);
-    return changed;
+    return this._keepItem(this._stamp(item));
   }
 
   /**
-   * What a user changes is newer than what he saw, whatever the clocks say; but one record with a time far ahead does
-   * not take the others along.
-   * @template {List | Item} T @param {T} record @returns {T}
+   * What users change is newer than what they saw, whatever the clocks say; but one record with a
+   * time ahead does not take the others along.
+   * @template {List | Item} T
+   * @param {T} record
+   * @returns {T}
    */
   _stamp(record) {
     this._lastAt = Math.max(this._now(), this._lastAt + 1);
-    const updatedAt = Math.min(MAX_AT, Math.max(this._lastAt, record.updatedAt + 1));
+    const updatedAt = Math.max(this._lastAt, record.updatedAt + 1);
     return { ...record, updatedAt, by: this.device };
   }
 
-  /** Begins with the time, so that the order of ids is that of making. */
+  /** It begins with the time, so that ids are in the order of their making. */
   _newId() {
     return `${this._now().toString(36).padStart(9, "0")}-${this._makeId()}`;
   }
-
-  /** @param {string} list */
-  _countOf(list) {
-    let count = 0;
-    for (const item of this.items.values()) count += Number(item.list === list);
-    return count;
-  }
 }
 
-/** @param {{id: string}} one @param {{id: string}} other */
+/**
+ * @param {{id: string}} one
+ * @param {{id: string}} other
+ */
 const byId = (one, other) => (one.id < other.id ? -1 : 1);

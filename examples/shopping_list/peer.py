@@ -1,4 +1,4 @@
-"""Keep a copy of shared shopping lists on a computer that is always on, such as a Raspberry Pi at home.
+"""Keep a copy of shared shopping lists on a computer that is always on, such as one at home.
 
     python peer.py open LINK --name Alice      # a link from the page's "Share"
     python peer.py run                         # sync, until Ctrl-C
@@ -6,33 +6,43 @@
     python peer.py add "Olive oil" --quantity "1 l"
     python peer.py done "Olive oil"
 
-`list`, `add` and `done` work on the file alone: a running peer sees the change and sends it. The lists are in
-shopping_list.json, the keys in shopping_list.db (--dir says where). It needs connectoid.py with aiortc: in a checkout
-`pip install '.[webrtc]'`. The messages and the rules of merging are those of model.js.
+`list`, `add` and `done` work on the file alone: a running peer sees the change and sends it. The
+lists are in lists.db, the keys in shopping_list.db (--dir says where). It needs the
+library with aiortc: in a checkout `pip install '.[webrtc]'`. The messages and the rules of merging
+are those of model.js.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
+import math
 import os
 import queue
 import re
 import secrets
+import sqlite3
 import sys
-import tempfile
 import time
-import unicodedata
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # a checkout's root, if connectoid is not installed
-
-from connectoid import EMOJI, EVENTS, AiortcAdapter, Channel, Connectoid, ConnectoidError, Kept, Store
+from connectoid import (
+    EMOJI,
+    EVENTS,
+    AiortcAdapter,
+    Channel,
+    Connectoid,
+    ConnectoidError,
+    ContactRecord,
+    Store,
+    load_ice_servers,
+    shown,
+)
 
 # ---------------------------------------------------------------------------------------
 # Limits: those of model.js and sync.js.
@@ -40,25 +50,62 @@ from connectoid import EMOJI, EVENTS, AiortcAdapter, Channel, Connectoid, Connec
 
 MAX_LISTS = 200
 MAX_LISTS_OF_CONTACT = 50
-MAX_ITEMS = 2_000  # of a list
+# Of a list.
+MAX_ITEMS = 2_000
+# In all lists that are shared with a contact.
+MAX_ITEMS_OF_CONTACT = 10_000
+MAX_BYTES_OF_CONTACT = 4_000_000
+ITEM_BYTES = 200
 MAX_NAME_CHARS = 60
 MAX_TEXT_CHARS = 200
 MAX_QUANTITY_CHARS = 20
+# The form of a time. What may be taken is MAX_AHEAD_MS.
 MAX_AT = 2**52
+# As the page has it: no other app opens the links of a shopping list.
+APP = "connectoid.shopping-list"
+# By how much the time of a change may be ahead of this device's clock.
+MAX_AHEAD_MS = 86_400_000
+# 2026-11-23. A clock that shows less is not set, and judges nobody's times.
+CLOCK_SET_MS = 1_795_392_000_000
 MAX_NUMBER = 2**53 - 1
 MAX_MESSAGE_CHARS = 65_536
 MESSAGE_BYTES = 48_000
 MAX_RECORDS = 500
 MAX_REFUSED = 20
 IDLE_S = 20.0
-LOOK_EVERY_S = 0.5  # at the file, for what another process has changed
-PAIR_FOR_S = 600.0  # `open` waits so long for the other to be there
+# Sent to a contact and not acknowledged: far less than the 1 MiB from which on a send has to wait.
+MAX_UNACKNOWLEDGED = 8
+# So a send waits only where acknowledgements came for what was not taken. Then the contact loses
+# its connection, since one thread serves all contacts.
+SEND_S = 2.0
+# Of a contact, that have not been looked at. As the library has it, 64 MiB at worst. A contact
+# that says more loses its connection.
+MAX_CAME = 1_024
+# Of those, that are taken at once, before the others have their turn.
+MAX_BATCH = 50
+# Before a contact is reached again whose last connections, one, two and more, have brought it less
+# than all changes: the first may have been a change of the network.
+PAUSES_S = (0.0, 60.0, 300.0, 1_800.0)
+# At the file, for what another process has changed.
+LOOK_EVERY_S = 0.5
+# For another process that writes the file.
+BUSY_S = 60.0
+# `open` waits so long for the other to be there.
+PAIR_FOR_S = 600.0
 
 ID = re.compile(r"[A-Za-z0-9_-]{8,40}")
-UNPRINTABLE = re.compile("[\u2028-\u202e\u2066-\u2069]")
+# Control characters, lone surrogates, and what ends lines or changes the direction of text.
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028-\u202e\u2066-\u2069]")
 
 Record = dict[str, Any]
-Changes = tuple[list[Record], list[Record]]  # lists, items
+# Says of a list's id, and whether the list would be new, whether a change is taken.
+MayWrite = Callable[[str, bool], bool]
+# Lists, items.
+Changes = tuple[list[Record], list[Record]]
+
+LIST_MEMBERS = ("id", "name", "updatedAt", "by", "deleted")
+ITEM_MEMBERS = ("id", "list", "text", "quantity", "done", "updatedAt", "by", "deleted")
 
 
 # ---------------------------------------------------------------------------------------
@@ -74,9 +121,7 @@ def must(condition: object) -> None:
 
 def is_text(text: object, max_chars: int) -> bool:
     """Return whether it may be shown: short enough, without control characters."""
-    if not isinstance(text, str) or len(text) > max_chars or UNPRINTABLE.search(text):
-        return False
-    return not any(unicodedata.category(char) in ("Cc", "Cs") for char in text)
+    return isinstance(text, str) and len(text) <= max_chars and not UNPRINTABLE.search(text)
 
 
 def is_integer(value: object, lowest: int, highest: int) -> bool:
@@ -93,23 +138,26 @@ def check_record(record: Any) -> None:
     """Raise ValueError for a record without what all have."""
     must(isinstance(record, dict))
     must(is_id(record.get("id")) and is_id(record.get("by")))
-    must(is_integer(record.get("updatedAt"), 0, MAX_AT) and isinstance(record.get("deleted"), bool))
+    must(is_integer(record.get("updatedAt"), 0, MAX_AT))
+    must(isinstance(record.get("deleted"), bool))
 
 
 def check_list(record: Any) -> Record:
     """Return a list as it may be kept; raise ValueError."""
     check_record(record)
-    must(is_text(record.get("name"), MAX_NAME_CHARS) and (record["name"] or record["deleted"]))
-    return {name: record[name] for name in ("id", "name", "updatedAt", "by", "deleted")}
+    must(is_text(record.get("name"), MAX_NAME_CHARS))
+    must(record["name"] or record["deleted"])
+    return {name: record[name] for name in LIST_MEMBERS}
 
 
 def check_item(record: Any) -> Record:
     """Return an item as it may be kept; raise ValueError."""
     check_record(record)
     must(is_id(record.get("list")) and isinstance(record.get("done"), bool))
-    must(is_text(record.get("text"), MAX_TEXT_CHARS) and is_text(record.get("quantity"), MAX_QUANTITY_CHARS))
+    must(is_text(record.get("text"), MAX_TEXT_CHARS))
+    must(is_text(record.get("quantity"), MAX_QUANTITY_CHARS))
     must(record["text"] or record["deleted"])
-    return {name: record[name] for name in ("id", "list", "text", "quantity", "done", "updatedAt", "by", "deleted")}
+    return {name: record[name] for name in ITEM_MEMBERS}
 
 
 def read_message(text: bytes | str) -> Record | None:
@@ -120,41 +168,89 @@ def read_message(text: bytes | str) -> Record | None:
     except (ValueError, RecursionError):
         raise ValueError("This is not JSON.") from None
     must(isinstance(message, dict) and isinstance(message.get("type"), str))
-    kind, number = message["type"], message.get("number")
+    kind = message["type"]
     if kind not in ("changes", "ack", "bye"):
         return None
-    must(is_integer(number, 1, MAX_NUMBER))
-    if kind != "changes":
-        return {"type": kind, "number": number} | ({"delete": message.get("delete") is True} if kind == "bye" else {})
-    lists, items = message.get("lists"), message.get("items")
-    must(isinstance(lists, list) and isinstance(items, list) and len(lists) + len(items) <= MAX_RECORDS)
-    return {"type": kind, "number": number, "lists": [check_list(one) for one in lists],
-            "items": [check_item(one) for one in items]}
+    must(is_integer(message.get("number"), 1, MAX_NUMBER))
+    read: Record = {"type": kind, "number": message["number"]}
+    if kind == "ack":
+        # An earlier version did not say it.
+        read["refused"] = message.get("refused", 0)
+        must(is_integer(read["refused"], 0, MAX_RECORDS))
+    if kind == "bye":
+        read["delete"] = message.get("delete") is True
+    if kind == "changes":
+        read.update(read_records(message.get("lists"), message.get("items")))
+    return read
 
 
-def write_changes(lists: Iterable[Record], items: Iterable[Record]) -> list[dict[str, list[Record]]]:
-    """Return what goes into one message each, lists before their items; at least one."""
-    parts: list[dict[str, list[Record]]] = [{"lists": [], "items": []}]
-    room = MESSAGE_BYTES
-    for kind, record in [*(("lists", one) for one in lists), *(("items", one) for one in items)]:
-        octets = len(json.dumps(record)) + 1
-        if octets > room or sum(map(len, parts[-1].values())) >= MAX_RECORDS:
-            parts.append({"lists": [], "items": []})
-            room = MESSAGE_BYTES
-        parts[-1][kind].append(record)
-        room -= octets
-    return parts
+def read_records(lists: object, items: object) -> Record:
+    """Return the lists and items of a message as they may be kept; raise ValueError."""
+    if not isinstance(lists, list) or not isinstance(items, list):
+        raise ValueError("A change has lists and items.")
+    must(len(lists) + len(items) <= MAX_RECORDS)
+    return {
+        "lists": [check_list(one) for one in lists],
+        "items": [check_item(one) for one in items],
+    }
+
+
+class Outbox:
+    """What a contact is still to be told: each list and item once, as it was told last."""
+
+    def __init__(self, lists: Iterable[Record] = (), items: Iterable[Record] = ()) -> None:
+        self._lists: OrderedDict[str, Record] = OrderedDict()
+        self._items: OrderedDict[str, Record] = OrderedDict()
+        self.add(lists, items)
+
+    def __bool__(self) -> bool:
+        return bool(self._lists or self._items)
+
+    def add(self, lists: Iterable[Record], items: Iterable[Record]) -> None:
+        """Put lists and items into it."""
+        self._lists.update((one["id"], one) for one in lists)
+        self._items.update((one["id"], one) for one in items)
+
+    def take(self) -> dict[str, list[Record]]:
+        """Take out what goes into one message, lists before their items."""
+        part: dict[str, list[Record]] = {"lists": [], "items": []}
+        room = MESSAGE_BYTES
+        for kind, waiting in (("lists", self._lists), ("items", self._items)):
+            while waiting:
+                record = next(iter(waiting.values()))
+                room -= len(json.dumps(record)) + 1
+                if room < 0 or sum(map(len, part.values())) >= MAX_RECORDS:
+                    return part
+                part[kind].append(waiting.pop(record["id"]))
+        return part
 
 
 # ---------------------------------------------------------------------------------------
 # The lists, as model.js has them, and the file. Other processes may write it: every change
-# is made between reading and writing it, under a lock.
+# is made between reading and writing it, in one transaction.
 # ---------------------------------------------------------------------------------------
 
 
 def is_newer(one: Record, other: Record) -> bool:
     """Return whether one of two versions of a record wins."""
     return bool((one["updatedAt"], one["by"]) > (other["updatedAt"], other["by"]))
+
+
+def is_ahead(record: Record, now_ms: int) -> bool:
+    """Return whether its time is one that no honest clock can have had; see model.js."""
+    return bool(now_ms >= CLOCK_SET_MS and record["updatedAt"] > now_ms + MAX_AHEAD_MS)
+
+
+def healed(record: Record, now_ms: int) -> Record:
+    """Return a record with a time that later changes can exceed."""
+    if is_ahead(record, now_ms):
+        return {**record, "updatedAt": now_ms}
+    return record
+
+
+def present_ms() -> int:
+    """Return this device's time."""
+    return int(time.time() * 1000)
 
 
 def list_of(record: Record) -> str:
@@ -164,67 +260,190 @@ def list_of(record: Record) -> str:
 
 def tidy(text: str, max_chars: int) -> str:
     """Return text that a person typed as it may be kept; raise ValueError for none."""
-    clean = " ".join("".join(char if is_text(char, 1) else " " for char in text).split())[:max_chars].strip()
-    if not clean:
+    shown = ""
+    for char in text:
+        if is_text(char, 1):
+            shown += char
+        else:
+            shown += " "
+    tidied = " ".join(shown.split())[:max_chars].strip()
+    if not tidied:
         raise ValueError("Write something first.")
-    return clean
+    return tidied
+
+
+def may_write_all(list_id: str, is_new: bool) -> bool:
+    """Return True: for a merge that no contact has asked for."""
+    return True
+
+
+def _id_of(record: Record) -> str:
+    return str(record["id"])
+
+
+def bytes_of(item: Record | None) -> int:
+    """Return about how many bytes an item takes."""
+    if item is None:
+        return 0
+    return ITEM_BYTES + len((item["text"] + item["quantity"]).encode())
+
+
+@dataclass
+class Room:
+    """What a contact may still add, and how many of its lists and items were not kept.
+
+    What is known in a newer version is not among those: the contact will have that.
+    """
+
+    items: float
+    bytes: float
+    refused: int = 0
+
+    def takes(self, item: Record, known: Mapping[str, Record], held: int) -> bool:
+        """Use it for an item of a list that holds so many, and return whether it sufficed."""
+        former = known.get(item["id"])
+        items = int(former is None)
+        growth = bytes_of(item) - bytes_of(former)
+        is_full = items and held >= MAX_ITEMS
+        # What takes no more than before always has room.
+        if is_full or (items and self.items < items) or (growth > 0 and self.bytes < growth):
+            self.refused += 1
+            return False
+        self.items -= items
+        self.bytes -= growth
+        return True
 
 
 @dataclass
 class Lists:
-    """What the file holds. A contact has `lists` that are shared with it, `theirs` that came from it, `pending`."""
+    """What the file holds.
+
+    A contact has `lists` that are shared with it, `theirs` that came from it, and `pending` while
+    it lacks a change.
+    """
 
     device: str = field(default_factory=lambda: secrets.token_urlsafe(8))
     lists: dict[str, Record] = field(default_factory=dict)
     items: dict[str, Record] = field(default_factory=dict)
     contacts: dict[str, Record] = field(default_factory=dict)
     last_at: int = 0
+    # The items once more, by their list: no change of one item looks at all others.
+    _by_list: dict[str, dict[str, Record]] = field(default_factory=dict)
+    _bytes: dict[str, int] = field(default_factory=dict)
+    # What the file lacks.
+    _changed: dict[str, Record] = field(default_factory=dict)
+    _removed: set[str] = field(default_factory=set)
 
-    @classmethod
-    def from_json(cls, text: str) -> Lists:
-        """Return what a file holds; raise ValueError for a damaged one."""
-        kept = json.loads(text)
-        return cls(kept["device"], {one["id"]: check_list(one) for one in kept["lists"]},
-                   {one["id"]: check_item(one) for one in kept["items"]}, kept["contacts"], kept["last_at"])
+    def take_kept(self, record: Any) -> Record:
+        """Take what the file holds, healed if it must be; raise ValueError."""
+        check = check_list
+        if "list" in record:
+            check = check_item
+        checked = check(record)
+        kept = healed(checked, present_ms())
+        self._keep(kept)
+        if kept is checked:
+            del self._changed[kept["id"]]
+        return kept
 
-    def to_json(self) -> str:
-        """Return what goes into the file."""
-        kept = {"device": self.device, "lists": list(self.lists.values()), "items": list(self.items.values()),
-                "contacts": self.contacts, "last_at": self.last_at}
-        return json.dumps(kept, ensure_ascii=False, indent=1)
+    def take_changed(self) -> list[Record]:
+        """Return the records to be written, once."""
+        changed = [*self._changed.values()]
+        self._changed.clear()
+        return changed
+
+    def take_removed(self) -> set[str]:
+        """Return the ids to be deleted, once."""
+        removed = set(self._removed)
+        self._removed.clear()
+        return removed
 
     def open_lists(self) -> list[Record]:
         """Return the lists that are not deleted, in the order in which they were made."""
-        return sorted((one for one in self.lists.values() if not one["deleted"]), key=lambda one: str(one["id"]))
+        found = [one for one in self.lists.values() if not one["deleted"]]
+        return sorted(found, key=_id_of)
 
     def items_of(self, list_id: str) -> list[Record]:
-        """Return the items of a list that are not deleted, in the order in which they were added."""
-        return sorted((one for one in self.items.values() if one["list"] == list_id and not one["deleted"]),
-                      key=lambda one: str(one["id"]))
+        """Return the items of a list that are not deleted, in the order in which they came."""
+        items = self._by_list.get(list_id, {}).values()
+        return sorted((one for one in items if not one["deleted"]), key=_id_of)
 
     def all_of(self, ids: Iterable[str]) -> Changes:
         """Return all that is known of these lists, tombstones too."""
-        wanted = set(ids)
-        return ([one for one in self.lists.values() if one["id"] in wanted],
-                [one for one in self.items.values() if one["list"] in wanted])
+        wanted = dict.fromkeys(ids)
+        lists = [self.lists[one] for one in wanted if one in self.lists]
+        items = [item for one in wanted for item in self._by_list.get(one, {}).values()]
+        return lists, items
+
+    def room_in(self, ids: Iterable[str]) -> Room:
+        """Return what a contact may still add to the lists that are shared with it."""
+        room = Room(MAX_ITEMS_OF_CONTACT, MAX_BYTES_OF_CONTACT)
+        for one in ids:
+            room.items -= len(self._by_list.get(one, {}))
+            room.bytes -= self._bytes.get(one, 0)
+        return room
 
     def contact(self, name: str) -> Record:
         """Return what is kept of a contact; a new one lacks nothing."""
         return self.contacts.setdefault(name, {"lists": [], "theirs": [], "pending": False})
 
-    def merge(self, changes: Record, may_write: Callable[[str, bool], bool] = lambda list_id, is_new: True) -> Changes:
+    def merge(
+        self, changes: Record, may_write: MayWrite = may_write_all, room: Room | None = None,
+        now_ms: int | None = None,
+    ) -> Changes:
         """Take what is newer, and return that; see model.js."""
-        lists = [one for one in changes["lists"] if may_write(one["id"], one["id"] not in self.lists)
-                 and self._put(self.lists, one, len(self.lists) < MAX_LISTS)]
-        items = [one for one in changes["items"] if one["list"] in self.lists and may_write(one["list"], False)
-                 and self._put(self.items, one, self._count_of(one["list"]) < MAX_ITEMS)]
+        room = room or Room(math.inf, math.inf)
+        now = now_ms
+        if now is None:
+            now = present_ms()
+        lists = []
+        for one in changes["lists"]:
+            is_new = one["id"] not in self.lists
+            is_open = may_write(one["id"], is_new)
+            if not is_open or (is_new and len(self.lists) >= MAX_LISTS):
+                room.refused += 1
+            elif self._is_news(one, self.lists.get(one["id"]), now, room):
+                lists.append(self._keep(healed(one, now)))
+        items = []
+        for one in changes["items"]:
+            if one["list"] not in self.lists or not may_write(one["list"], False):
+                room.refused += 1
+            elif self._takes_item(one, now, room):
+                items.append(self._keep(healed(one, now)))
         return lists, items
+
+    def _is_news(self, record: Record, known: Record | None, now: int, room: Room) -> bool:
+        """Return whether a record is to replace what is known; count it if it never may."""
+        if known is None:
+            return True
+        if known.get("list") != record.get("list") or is_ahead(record, now):
+            room.refused += 1
+            return False
+        return is_newer(record, known)
+
+    def _takes_item(self, record: Record, now: int, room: Room) -> bool:
+        held = len(self._by_list.get(record["list"], {}))
+        is_news = self._is_news(record, self.items.get(record["id"]), now, room)
+        return is_news and room.takes(record, self.items, held)
+
+    def _keep(self, record: Record) -> Record:
+        if "list" in record:
+            of_list = self._by_list.setdefault(record["list"], {})
+            growth = bytes_of(record) - bytes_of(of_list.get(record["id"]))
+            self._bytes[record["list"]] = self._bytes.get(record["list"], 0) + growth
+            of_list[record["id"]] = record
+            self.items[record["id"]] = record
+        else:
+            self.lists[record["id"]] = record
+        self._changed[record["id"]] = record
+        self._removed.discard(record["id"])
+        return record
 
     def change(self, record: Record, now_s: float) -> Record:
         """Keep a record that was changed here, newer than what was there, and note who lacks it."""
         self.last_at = max(int(now_s * 1000), self.last_at + 1)
-        record = {**record, "by": self.device, "updatedAt": min(MAX_AT, max(self.last_at, record["updatedAt"] + 1))}
-        (self.items if "list" in record else self.lists)[record["id"]] = record
+        updated_at = max(self.last_at, record["updatedAt"] + 1)
+        record = self._keep({**record, "by": self.device, "updatedAt": updated_at})
         self.note_pending({list_of(record)})
         return record
 
@@ -239,74 +458,190 @@ class Lists:
         lists, items = self.all_of(ids)
         for one in lists:
             del self.lists[one["id"]]
+            self._by_list.pop(one["id"], None)
+            self._bytes.pop(one["id"], None)
         for one in items:
             del self.items[one["id"]]
-
-    def _put(self, records: dict[str, Record], record: Record, has_room: bool) -> bool:
-        known = records.get(record["id"])
-        if known is None and not has_room:
-            return False
-        if known is not None and (known.get("list") != record.get("list") or not is_newer(record, known)):
-            return False
-        records[record["id"]] = record
-        return True
-
-    def _count_of(self, list_id: str) -> int:
-        return sum(one["list"] == list_id for one in self.items.values())
+        for one in [*lists, *items]:
+            self._changed.pop(one["id"], None)
+            self._removed.add(one["id"])
 
 
 def new_id(now_s: float) -> str:
     """Return an id that begins with the time, so that their order is that of making."""
-    digits, rest = "", int(now_s * 1000)
+    digits = ""
+    rest = int(now_s * 1000)
     while rest:
         rest, digit = divmod(rest, 36)
         digits = "0123456789abcdefghijklmnopqrstuvwxyz"[digit] + digits
     return f"{digits.rjust(9, '0')}-{secrets.token_urlsafe(8)}"
 
 
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS records (
+    id TEXT PRIMARY KEY, json TEXT NOT NULL, revision INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS records_by_revision ON records (revision);
+CREATE TABLE IF NOT EXISTS contacts (name TEXT PRIMARY KEY, json TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+
 class Keeper:
-    """The file, written whole: after a power cut it holds what it held before or after."""
+    """The file: SQLite, with a row for each list and each item.
+
+    A change writes the rows that it changes. Each has the revision of its change, so that another
+    process reads only what is new.
+    """
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.path = directory / "shopping_list.json"
-        self._lock_path = directory / "shopping_list.lock"
+        self.path = directory / "lists.db"
+        former = directory / "shopping_list.json"
+        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        self._lists = Lists()
+        # What of the file is in the lists, and what others have written since `news`.
+        self._revision = 0
+        self._version = -1
+        self._removals = 0
+        self._news: dict[str, Record] = {}
+        self._database = sqlite3.connect(self.path, isolation_level=None, timeout=BUSY_S)
+        with self._saying_what_is_damaged():
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.executescript(SCHEMA)
+        if former.exists():
+            self._take_over(former)
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        self._database.close()
 
     def load(self) -> Lists:
-        """Return what the file holds; raise ValueError for a damaged one."""
-        try:
-            return Lists.from_json(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return Lists()
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}): move it away, and open a new link.") from None
+        """Return what the file holds, not to be changed; raise ValueError for a damaged one."""
+        with self._saying_what_is_damaged():
+            if self._version != self._data_version():
+                self._read()
+        return self._lists
+
+    def news(self) -> Changes:
+        """Return the records that other processes have written since the last call."""
+        self.load()
+        found = [*self._news.values()]
+        self._news.clear()
+        return [one for one in found if "list" not in one], [one for one in found if "list" in one]
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[Lists]:
-        """Hold the lock, and write what the block has changed."""
-        with self._lock_path.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            lists = self.load()
-            before = lists.to_json()
-            yield lists
-            if (after := lists.to_json()) != before or not self.path.exists():
-                self._write(after)
-
-    def stamp(self) -> tuple[int, int]:
-        """Return what changes with the file."""
+        """Hold the lock, and write what the block has changed, all or nothing."""
+        self._database.execute("BEGIN IMMEDIATE")
         try:
-            status = self.path.stat()
-        except FileNotFoundError:
-            return 0, 0
-        return status.st_mtime_ns, status.st_ino  # inodes alone are used again, at once
+            with self._saying_what_is_damaged():
+                self._read()
+            contacts = {name: json.dumps(one) for name, one in self._lists.contacts.items()}
+            yield self._lists
+            self._write(contacts)
+            self._database.execute("COMMIT")
+        except BaseException:
+            # Of a full disk SQLite takes the transaction back itself.
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            # They hold what was not written.
+            self._forget()
+            raise
 
-    def _write(self, text: str) -> None:
-        number, name = tempfile.mkstemp(dir=self.path.parent, prefix=".shopping_list")
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(self.path)
+    def _read(self) -> None:
+        """Bring the lists up to date with the file."""
+        version = self._data_version()
+        settings = dict(self._database.execute("SELECT name, value FROM settings"))
+        if int(settings.get("removals", 0)) != self._removals:
+            self._forget()
+            self._removals = int(settings["removals"])
+        is_first = self._version < 0
+        self._lists.device = settings.get("device", self._lists.device)
+        self._lists.last_at = int(settings.get("last_at", 0))
+        revision = int(settings.get("revision", 0))
+        rows = self._database.execute("SELECT name, json FROM contacts")
+        self._lists.contacts = {name: json.loads(text) for name, text in rows}
+        rows = self._database.execute(
+            "SELECT json FROM records WHERE revision > ? ORDER BY rowid", (self._revision,))
+        for (text,) in rows:
+            record = self._lists.take_kept(json.loads(text))
+            if not is_first:
+                self._news[record["id"]] = record
+        self._revision = revision
+        self._version = version
+
+    def _write(self, contacts: Mapping[str, str]) -> None:
+        """Write what has changed; `contacts` is what the file has of them."""
+        lists = self._lists
+        execute = self._database.execute
+        changed = lists.take_changed()
+        self._revision += bool(changed)
+        self._database.executemany(
+            "INSERT INTO records VALUES (?, ?, ?) ON CONFLICT (id)"
+            " DO UPDATE SET json = excluded.json, revision = excluded.revision",
+            [(one["id"], json.dumps(one, ensure_ascii=False), self._revision) for one in changed])
+        removed = lists.take_removed()
+        self._database.executemany(
+            "DELETE FROM records WHERE id = ?", [(one,) for one in removed])
+        self._removals += bool(removed)
+        for name, one in lists.contacts.items():
+            if contacts.get(name) != json.dumps(one):
+                execute("REPLACE INTO contacts VALUES (?, ?)", (name, json.dumps(one)))
+        for name in contacts.keys() - lists.contacts.keys():
+            execute("DELETE FROM contacts WHERE name = ?", (name,))
+        settings = {
+            "device": lists.device,
+            "last_at": str(lists.last_at),
+            "revision": str(self._revision),
+            # Who has read the file reads it anew when this has changed.
+            "removals": str(self._removals),
+        }
+        self._database.executemany(
+            "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name)"
+            " DO UPDATE SET value = excluded.value WHERE value != excluded.value",
+            list(settings.items()))
+
+    def _take_over(self, former: Path) -> None:
+        """Move what an earlier version kept in one JSON file into this one."""
+        try:
+            kept = json.loads(former.read_text(encoding="utf-8"))
+            with self.changing() as lists:
+                lists.device = kept["device"]
+                lists.contacts.update(kept["contacts"])
+                lists.last_at = max(lists.last_at, kept["last_at"])
+                changes = {
+                    "lists": [check_list(one) for one in kept["lists"]],
+                    "items": [check_item(one) for one in kept["items"]],
+                }
+                lists.merge(changes)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(damaged(former, error)) from None
+        former.rename(former.with_suffix(".json.old"))
+
+    def _forget(self) -> None:
+        self._lists = Lists(self._lists.device)
+        self._revision = 0
+        self._version = -1
+
+    def _data_version(self) -> int:
+        """Return a number that changes when another process has written."""
+        (version,) = self._database.execute("PRAGMA data_version").fetchone()
+        return int(version)
+
+    @contextlib.contextmanager
+    def _saying_what_is_damaged(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError:
+            # It is locked, or the disk is full.
+            raise
+        except (sqlite3.DatabaseError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(damaged(self.path, error)) from None
+
+
+def damaged(path: Path, error: Exception) -> str:
+    """Return what to do about a file that cannot be read."""
+    return f"{path} is damaged ({error}): move it away, and open a new link."
 
 
 # ---------------------------------------------------------------------------------------
@@ -323,34 +658,113 @@ class Session:
     number: int = 0
     acknowledged: int = 0
     refused: int = 0
+    outbox: Outbox = field(default_factory=Outbox)
+    # None at the end.
+    came: deque[bytes | str | None] = field(default_factory=deque)
+
+    @property
+    def is_synced(self) -> bool:
+        """Return whether the contact has all that it was to be told."""
+        return self.acknowledged >= self.number > 0 and not self.outbox
+
+    @property
+    def may_tell(self) -> bool:
+        """Return whether there is more to tell, and the contact has taken enough of the rest."""
+        # The first message says what there is, be it nothing.
+        has_more = self.outbox or self.number == 0
+        return bool(has_more) and self.number - self.acknowledged < MAX_UNACKNOWLEDGED
+
+    def read(self, text: bytes | str) -> Record | None:
+        """Return a message that came, None for one that is not understood; too many of them end it.
+        """
+        try:
+            return read_message(text)
+        except ValueError:
+            self.refused += 1
+            if self.refused > MAX_REFUSED:
+                self.channel.close()
+            return None
+
+
+@dataclass
+class Batch:
+    """What messages that were taken together come to: what is new, and what is to be said."""
+
+    lists: list[Record] = field(default_factory=list)
+    items: list[Record] = field(default_factory=list)
+    acks: list[Record] = field(default_factory=list)
+    # Of the contact's, that were not kept here, and of ours, that were not kept there.
+    refused: int = 0
+    lacking: int = 0
+    has_deleted: bool = False
+
+    def lines(self, name: str) -> Iterator[str]:
+        """Return what people are told of it."""
+        if self.lacking:
+            yield f"{name}'s app has not taken {self.lacking} lists and items."
+        if self.refused:
+            yield f"{name} sent {self.refused} lists and items that are not taken here."
+        if self.lists or self.items:
+            yield f"{name}: {len(self.lists)} lists and {len(self.items)} items are new."
+        if self.has_deleted:
+            yield f"{name}: the lists are deleted, as the other app has asked for."
+
+
+# The event of each of the news of a contact's key that a record keeps.
+KEY_EVENTS = {"renewed": "contact_renewed", "copied": "copied"}
+
+
+def never() -> bool:
+    """Return False: for a peer that syncs until Ctrl-C."""
+    return False
 
 
 class Peer:
     """Sync the lists of a file with all contacts."""
 
-    def __init__(self, keeper: Keeper, store: Store, say: Callable[[str], None]) -> None:
-        self._keeper, self._say = keeper, say
-        self._came: queue.Queue[tuple[str, Any, Any]] = queue.Queue()
-        self.runner = Connectoid(store, [], AiortcAdapter(), on_event=self._note_event)
+    def __init__(
+        self, keeper: Keeper, runner: Connectoid, say: Callable[[str], None],
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keeper = keeper
+        self._say = say
+        self._now_s = now_s
+        # A contact's name, with an event or with a session on which something came.
+        self._came: queue.Queue[tuple[str, str | Session]] = queue.Queue()
+        self.runner = runner
+        runner.on_event = self._note_event
         self._sessions: dict[str, Session] = {}
-        self._sent: dict[str, tuple[int, str]] = {}  # what was said or heard last of each record
-        self._stamp = (0, 0)
+        # How many connections in turn have not brought a contact all changes, and when it is
+        # reached again.
+        self._failures: dict[str, int] = {}
+        self._due_s: dict[str, float] = {}
 
-    def run(self, until: Callable[[], bool] = lambda: False, link: tuple[str, str] | None = None) -> None:
-        """Sync until Ctrl-C, or until something holds; begin with opening a link, for a contact of this name."""
+    def run(
+        self, is_over: Callable[[], bool] = never, link: tuple[str, str] | None = None,
+    ) -> None:
+        """Sync until Ctrl-C, or until it is over.
+
+        It begins with opening the link, if there is one, for a contact of the name beside it.
+        """
         with self.runner:
-            self._note_all()
+            # What has healed is kept.
+            with self._keeper.changing():
+                pass
             if link:
                 self.runner.open(*link)
             for kept in self.runner.contacts():
                 self._reach(kept.name)
-            while not until():
+                # It may have come while nobody looked.
+                if kept.key_news:
+                    self._say(f"{kept.name}: {EVENTS[KEY_EVENTS[kept.key_news]]}")
+            while not is_over():
                 with contextlib.suppress(queue.Empty):
                     self._take(*self._came.get(timeout=LOOK_EVERY_S))
                 self._look_at_file()
                 self._rest()
+                self._reach_again()
 
-    def kept(self, name: str) -> Kept:
+    def kept(self, name: str) -> ContactRecord:
         """Return what Connectoid keeps of a contact; raise ValueError if there is none."""
         for kept in self.runner.contacts():
             if kept.name == name:
@@ -359,25 +773,37 @@ class Peer:
 
     def is_synced(self, name: str) -> bool:
         """Return whether a contact has sent its lists, and has ours."""
-        session, lists = self._sessions.get(name), self._keeper.load()
-        return bool(session and session.acknowledged >= session.number > 0 and lists.contact(name)["lists"])
+        session = self._sessions.get(name)
+        if session is None or not session.is_synced:
+            return False
+        return bool(self._keeper.load().contact(name)["lists"])
 
     # -- What Connectoid says ----------------------------------------------------------
 
     def _note_event(self, name: str, event: str) -> None:
-        self._came.put((name, event, None))
+        self._came.put((name, event))
 
-    def _take(self, name: str, event: Any, text: Any) -> None:
+    def _note_message(self, name: str, session: Session, text: bytes | str | None) -> None:
+        if text is not None and len(session.came) >= MAX_CAME:
+            session.channel.close()
+            return
+        session.came.append(text)
+        # Whoever takes what was there before takes this too, or comes back for it.
+        if len(session.came) == 1:
+            self._came.put((name, session))
+
+    def _take(self, name: str, event: str | Session) -> None:
         if isinstance(event, Session):
-            self._hear(name, event, text)
+            self._hear(name, event)
         elif event == "connected":
             self._serve(name)
         elif event != "disconnected":
             self._say(f"{name}: {EVENTS[event]}")
 
     def _reach(self, name: str) -> None:
-        """Want a connection; the event tells when it is there."""
-        if any(kept.name == name and kept.state == "paired" for kept in self.runner.contacts()):
+        """Want a connection, unless it is too early; the event tells when it is there."""
+        paired = [kept.name for kept in self.runner.contacts() if kept.state == "paired"]
+        if name in paired and self._now_s() >= self._due_s.get(name, 0.0):
             with contextlib.suppress(TimeoutError, ConnectoidError):
                 self.runner.connect(name, timeout_s=0)
 
@@ -389,60 +815,60 @@ class Peer:
         former = self._sessions.get(name)
         if former and former.channel is channel:
             return
-        session = self._sessions[name] = Session(channel, time.monotonic())
+        session = Session(channel, self._now_s())
+        self._sessions[name] = session
         self._say(f"{name}: connected.")
-        channel.listen(lambda text: self._came.put((name, session, text)))
+        channel.listen(lambda text: self._note_message(name, session, text))
         lists = self._keeper.load()
         self._tell(name, *lists.all_of(lists.contact(name)["lists"]))
 
-    def _hear(self, name: str, session: Session, text: Any) -> None:
-        if text is None:
+    def _hear(self, name: str, session: Session) -> None:
+        """Take what came from a contact: many messages in one transaction."""
+        texts = [session.came.popleft() for _ in range(min(len(session.came), MAX_BATCH))]
+        read = [session.read(text) for text in texts if text is not None]
+        messages = [message for message in read if message is not None]
+        if messages:
+            session.last_s = self._now_s()
+            batch = Batch()
+            with self._keeper.changing() as kept:
+                for message in messages:
+                    self._apply(kept, name, session, message, batch)
+            for ack in batch.acks:
+                self._send(session, ack)
+            for line in batch.lines(name):
+                self._say(line)
+            self._pass_on(batch.lists, batch.items, but=name)
+            self._tell_on(session)
+        if None in texts:
             self._end(name, session)
-            return
-        session.last_s = time.monotonic()
-        try:
-            message = read_message(text)
-        except ValueError:
-            session.refused += 1
-            if session.refused > MAX_REFUSED:
-                session.channel.close()
-            return
-        if message is None:
-            return
-        {"ack": self._acknowledge, "changes": self._merge, "bye": self._obey}[message["type"]](name, session, message)
-        if message["type"] != "ack":
-            self._send(session, {"type": "ack", "number": message["number"]})
+        elif session.came:
+            self._came.put((name, session))
 
-    def _acknowledge(self, name: str, session: Session, message: Record) -> None:
-        session.acknowledged = max(session.acknowledged, message["number"])
-        if session.acknowledged >= session.number:
-            with self._keeper.changing() as lists:
-                lists.contact(name)["pending"] = False
+    def _apply(
+        self, kept: Lists, name: str, session: Session, message: Record, batch: Batch,
+    ) -> None:
+        """Do what a message says, within a transaction."""
+        number = message["number"]
+        refused = 0
+        match message["type"]:
+            case "ack":
+                self._acknowledge(kept, name, session, number)
+                batch.lacking += message["refused"]
+                return
+            case "changes":
+                refused = merge_from(name, kept, message, batch)
+            case "bye" if message["delete"]:
+                delete_for(name, kept)
+                batch.has_deleted = True
+        batch.refused += refused
+        batch.acks.append({"type": "ack", "number": number, "refused": refused})
 
-    def _merge(self, name: str, session: Session, message: Record) -> None:
-        with self._keeper.changing() as lists:
-            contact = lists.contact(name)
-
-            def may_write(list_id: str, is_new: bool) -> bool:
-                if is_new and len(contact["theirs"]) < MAX_LISTS_OF_CONTACT and list_id not in contact["lists"]:
-                    contact["lists"].append(list_id)
-                    contact["theirs"].append(list_id)
-                return list_id in contact["lists"]
-
-            changed = lists.merge(message, may_write)
-            lists.note_pending({list_of(one) for one in [*changed[0], *changed[1]]}, but=name)
-        if sum(map(len, changed)):
-            self._say(f"{name}: {len(changed[0])} lists and {len(changed[1])} items are new.")
-        self._pass_on(*changed, but=name)
-
-    def _obey(self, name: str, session: Session, message: Record) -> None:
-        if not message["delete"]:
-            return
-        with self._keeper.changing() as lists:
-            others = {one for other, contact in lists.contacts.items() if other != name for one in contact["lists"]}
-            lists.forget(set(lists.contact(name)["theirs"]) - others)
-            lists.contacts.pop(name)
-        self._say(f"{name}: the lists are deleted, as the other app has asked for.")
+    def _acknowledge(self, kept: Lists, name: str, session: Session, number: int) -> None:
+        # Nobody has got what was not sent.
+        session.acknowledged = max(session.acknowledged, min(number, session.number))
+        if session.is_synced:
+            kept.contact(name)["pending"] = False
+            self._failures.pop(name, None)
 
     # -- What goes out -----------------------------------------------------------------
 
@@ -451,47 +877,47 @@ class Peer:
         if session is None:
             self._reach(name)
             return
-        for part in write_changes(lists, items):
+        session.outbox.add(lists, items)
+        self._tell_on(session)
+
+    def _tell_on(self, session: Session) -> None:
+        """Tell as much as may be under way; acknowledgements make room for the rest."""
+        while session.may_tell and not session.channel.is_closed:
             session.number += 1
+            part = session.outbox.take()
             self._send(session, {"type": "changes", "number": session.number, **part})
 
     def _send(self, session: Session, message: Mapping[str, Any]) -> None:
-        session.last_s = time.monotonic()
-        with contextlib.suppress(ConnectoidError, TimeoutError):  # it is closed, and will say so
-            session.channel.send(json.dumps(message, ensure_ascii=False), timeout_s=IDLE_S)
+        session.last_s = self._now_s()
+        try:
+            session.channel.send(json.dumps(message, ensure_ascii=False), timeout_s=SEND_S)
+        except TimeoutError:
+            session.channel.close()
+        except ConnectoidError:
+            # A closed channel will say so itself.
+            pass
 
-    def _pass_on(self, lists: Sequence[Record], items: Sequence[Record], but: str = "") -> None:
+    def _pass_on(
+        self, lists: Sequence[Record], items: Sequence[Record], but: str = "",
+    ) -> None:
         """Tell all contacts of these lists but the one that they came from."""
-        for record in [*lists, *items]:
-            self._sent[record["id"]] = (record["updatedAt"], record["by"])
         for name, contact in self._keeper.load().contacts.items():
             shared = set(contact["lists"])
-            theirs = ([one for one in lists if one["id"] in shared], [one for one in items if one["list"] in shared])
-            if name != but and any(theirs):
-                self._tell(name, *theirs)
+            their_lists = [one for one in lists if one["id"] in shared]
+            their_items = [one for one in items if one["list"] in shared]
+            if name != but and (their_lists or their_items):
+                self._tell(name, their_lists, their_items)
 
     def _look_at_file(self) -> None:
         """Send what another process has changed in the file."""
-        if self._keeper.stamp() == self._stamp:
-            return
-        self._stamp = self._keeper.stamp()  # before it is read: what is written in between is seen next time
-        lists = self._keeper.load()
-
-        def news(records: Mapping[str, Record]) -> list[Record]:
-            return [one for one in records.values() if self._sent.get(one["id"]) != (one["updatedAt"], one["by"])]
-
-        self._pass_on(news(lists.lists), news(lists.items))
-
-    def _note_all(self) -> None:
-        self._stamp = self._keeper.stamp()
-        lists = self._keeper.load()
-        for one in [*lists.lists.values(), *lists.items.values()]:
-            self._sent[one["id"]] = (one["updatedAt"], one["by"])
+        lists, items = self._keeper.news()
+        if lists or items:
+            self._pass_on(lists, items)
 
     def _rest(self) -> None:
         """Disconnect where nothing has happened for a while."""
         for session in list(self._sessions.values()):
-            if time.monotonic() - session.last_s > IDLE_S:
+            if self._now_s() - session.last_s > IDLE_S:
                 session.channel.close()
 
     def _end(self, name: str, session: Session) -> None:
@@ -499,8 +925,52 @@ class Peer:
             return
         del self._sessions[name]
         self._say(f"{name}: disconnected.")
-        if self._keeper.load().contacts.get(name, {}).get("pending"):
+        if not self._keeper.load().contacts.get(name, {}).get("pending"):
+            return
+        failures = self._failures.get(name, 0)
+        self._failures[name] = failures + 1
+        pause_s = PAUSES_S[min(failures, len(PAUSES_S) - 1)]
+        self._due_s[name] = self._now_s() + pause_s
+        if pause_s:
+            self._say(
+                f"{name}'s app does not confirm the changes."
+                f" They are sent again in {pause_s / 60:.0f} min.")
+
+    def _reach_again(self) -> None:
+        """Reach those whose pause is over."""
+        due = [name for name, due_s in self._due_s.items() if self._now_s() >= due_s]
+        for name in due:
+            del self._due_s[name]
             self._reach(name)
+
+
+def merge_from(name: str, kept: Lists, changes: Record, batch: Batch) -> int:
+    """Merge what a contact says, and return how many lists and items were not kept."""
+    contact = kept.contact(name)
+
+    def may_write(list_id: str, is_new: bool) -> bool:
+        has_room = len(contact["theirs"]) < MAX_LISTS_OF_CONTACT
+        if is_new and has_room and list_id not in contact["lists"]:
+            contact["lists"].append(list_id)
+            contact["theirs"].append(list_id)
+        return list_id in contact["lists"]
+
+    room = kept.room_in(contact["lists"])
+    lists, items = kept.merge(changes, may_write, room)
+    kept.note_pending({list_of(one) for one in [*lists, *items]}, but=name)
+    batch.lists += lists
+    batch.items += items
+    return room.refused
+
+
+def delete_for(name: str, kept: Lists) -> None:
+    """Delete what only a contact has shared, who wants it."""
+    contact = kept.contact(name)
+    kept.contacts.pop(name)
+    theirs = set(contact["theirs"])
+    for other in kept.contacts.values():
+        theirs.difference_update(other["lists"])
+    kept.forget(theirs)
 
 
 # ---------------------------------------------------------------------------------------
@@ -508,19 +978,14 @@ class Peer:
 # ---------------------------------------------------------------------------------------
 
 
-def clean(text: str) -> str:
-    """Return text without what could steer a terminal."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
 def say(words: str) -> None:
     """Tell people what happens."""
-    print(clean(words), file=sys.stderr, flush=True)
+    print(shown(words, len(words)), file=sys.stderr, flush=True)
 
 
 def open_link(arguments: argparse.Namespace) -> int:
     """Connect with whoever made a link, and get the lists."""
-    peer = Peer(Keeper(arguments.dir), Store(arguments.dir / "shopping_list.db"), say)
+    peer = peer_of(arguments)
     until_s = time.monotonic() + PAIR_FOR_S
 
     def is_over() -> bool:
@@ -532,46 +997,82 @@ def open_link(arguments: argparse.Namespace) -> int:
     if kept.state == "ended":
         raise ValueError(EVENTS[kept.why])
     if kept.state != "paired":
-        raise ValueError(f"{arguments.name}'s app has not answered yet; it has to be open. `run` goes on to try.")
-    print("Compare by voice:", "   ".join(" ".join(EMOJI[index]) for index in kept.comparison))
+        raise ValueError(
+            f"{arguments.name}'s app has not answered yet; it has to be open."
+            " `run` goes on to try.")
+    emoji = "   ".join(" ".join(EMOJI[index]) for index in kept.comparison)
+    print("Compare by voice:", emoji)
     return 0
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Sync until Ctrl-C."""
-    Peer(Keeper(arguments.dir), Store(arguments.dir / "shopping_list.db"), say).run()
+    say("Syncing. Ctrl-C ends.")
+    peer_of(arguments).run()
     return 0
+
+
+def peer_of(arguments: argparse.Namespace) -> Peer:
+    """Return the peer of a folder."""
+    runner = Connectoid(
+        Store(arguments.dir / "shopping_list.db"), [], AiortcAdapter(),
+        ice_servers=arguments.ice_servers, app=APP)
+    runner.allow_private_relays = arguments.allow_private_relays
+    return Peer(arguments.keeper, runner, say)
 
 
 def show(arguments: argparse.Namespace) -> int:
     """Print all lists."""
-    lists = Keeper(arguments.dir).load()
+    lists = arguments.keeper.load()
     for one in lists.open_lists():
-        print(clean(one["name"]))
+        print(shown(one["name"]))
         for item in lists.items_of(one["id"]):
-            quantity = f" ({clean(item['quantity'])})" if item["quantity"] else ""
-            print(f"  [{'x' if item['done'] else ' '}] {clean(item['text'])}{quantity}")
+            line = shown(item["text"])
+            if item["quantity"]:
+                line += f" ({shown(item['quantity'])})"
+            mark = " "
+            if item["done"]:
+                mark = "x"
+            print(f"  [{mark}] {line}")
     return 0
 
 
 def add(arguments: argparse.Namespace) -> int:
     """Put something on a list."""
-    with Keeper(arguments.dir).changing() as lists:
+    with arguments.keeper.changing() as lists:
         if not lists.open_lists():
             raise ValueError("There is no list yet: open a link first.")
-        chosen = find(lists.open_lists(), "name", arguments.list) if arguments.list else lists.open_lists()[0]
-        quantity = tidy(arguments.quantity, MAX_QUANTITY_CHARS) if arguments.quantity else ""
+        chosen = lists.open_lists()[0]
+        if arguments.list:
+            chosen = find(lists.open_lists(), "name", arguments.list)
+        quantity = ""
+        if arguments.quantity:
+            quantity = tidy(arguments.quantity, MAX_QUANTITY_CHARS)
         now_s = time.time()
-        lists.change({"id": new_id(now_s), "list": chosen["id"], "text": tidy(arguments.text, MAX_TEXT_CHARS),
-                      "quantity": quantity, "done": False, "updatedAt": 0, "by": "", "deleted": False}, now_s)
+        item = {
+            "id": new_id(now_s),
+            "list": chosen["id"],
+            "text": tidy(arguments.text, MAX_TEXT_CHARS),
+            "quantity": quantity,
+            "done": False,
+            "updatedAt": 0,
+            "by": "",
+            "deleted": False,
+        }
+        lists.change(item, now_s)
+    say(f"{item['text']} is on the list {chosen['name']}.")
     return 0
 
 
 def done(arguments: argparse.Namespace) -> int:
     """Mark something as done."""
-    with Keeper(arguments.dir).changing() as lists:
-        items = [item for one in lists.open_lists() for item in lists.items_of(one["id"]) if not item["done"]]
-        lists.change({**find(items, "text", arguments.text), "done": True}, time.time())
+    with arguments.keeper.changing() as lists:
+        items: list[Record] = []
+        for one in lists.open_lists():
+            items += [item for item in lists.items_of(one["id"]) if not item["done"]]
+        found = find(items, "text", arguments.text)
+        lists.change({**found, "done": True}, time.time())
+    say(f"{found['text']} is done.")
     return 0
 
 
@@ -583,10 +1084,26 @@ def find(records: Iterable[Record], member: str, text: str) -> Record:
     raise ValueError(f'There is no "{text}".')
 
 
+def ice_servers_file(path: str) -> list[Any]:
+    """Return the servers in a file."""
+    try:
+        return load_ice_servers(path)
+    except ConnectoidError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--dir", type=Path, default=Path(), help="where the files are (default: here)")
+    parser.add_argument(
+        "--dir", type=Path, default=Path(), help="where the files are (default: here)")
+    parser.add_argument(
+        "--allow-private-relays", action="store_true",
+        help="use relays on this machine and in private networks, such as one at home")
+    parser.add_argument(
+        "--ice-servers", metavar="FILE", type=ice_servers_file, default=[],
+        help="a JSON file that only you can read, with a list of STUN and TURN servers:"
+        ' {"urls": "turn:HOST:PORT", "username": ..., "credential": ...}')
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("open", help="connect with whoever made a link")
     command.add_argument("link")
@@ -610,8 +1127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         work: Callable[[argparse.Namespace], int] = arguments.work
-        return work(arguments)
-    except (ConnectoidError, ValueError) as error:
+        with contextlib.closing(Keeper(arguments.dir)) as arguments.keeper:
+            return work(arguments)
+    except (ConnectoidError, OSError, ValueError, sqlite3.Error) as error:
         say(str(error))
         return 1
     except KeyboardInterrupt:

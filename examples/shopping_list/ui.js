@@ -1,12 +1,17 @@
 // @ts-check
 /**
- * Small things to draw with. Text is always set as text: nothing that came from somebody else becomes HTML.
+ * Small things to draw with. Text is always set as text: nothing that came from somebody else
+ * becomes HTML.
  * @module
  */
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** Return the element with this id. @param {string} id @returns {any} */
+/**
+ * Return the element with this id.
+ * @param {string} id
+ * @returns {any}
+ */
 export function part(id) {
   const found = document.getElementById(id);
   if (!found) throw new Error(`#${id} is missing.`);
@@ -15,7 +20,10 @@ export function part(id) {
 
 /**
  * Return a new element with these properties and children.
- * @param {string} tag @param {Record<string, any>} [properties] @param {...(Node | string)} children @returns {any}
+ * @param {string} tag
+ * @param {Record<string, any>} [properties]
+ * @param {...(Node | string)} children
+ * @returns {any}
  */
 export function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
@@ -36,11 +44,21 @@ export function icon(name) {
   return svg;
 }
 
-/** Return the picture of a path of square modules. @param {string} path @param {number} size @param {string} label */
+/**
+ * Return the picture of a path of square modules.
+ * @param {string} path
+ * @param {number} size
+ * @param {string} label
+ */
 export function codeImage(path, size, label) {
   const svg = document.createElementNS(SVG, "svg");
   const drawn = document.createElementNS(SVG, "path");
-  for (const [name, value] of Object.entries({ viewBox: `0 0 ${size} ${size}`, role: "img", class: "code", "aria-label": label })) {
+  for (const [name, value] of Object.entries({
+    viewBox: `0 0 ${size} ${size}`,
+    role: "img",
+    class: "code",
+    "aria-label": label,
+  })) {
     svg.setAttribute(name, value);
   }
   drawn.setAttribute("d", path);
@@ -50,19 +68,25 @@ export function codeImage(path, size, label) {
 }
 
 /**
- * Have one child for each record, in their order; children stay, so that the focus does. `create` makes a child with
- * `update(record)`.
+ * Have one child for each record, in their order; children stay, so that the focus does. `create`
+ * makes a child with `update(record)`.
  * @template {{id: string}} T
- * @param {HTMLElement} parent @param {T[]} records @param {(record: T) => HTMLElement & {update: (record: T) => void}} create
+ * @param {HTMLElement} parent
+ * @param {T[]} records
+ * @param {(record: T) => HTMLElement & {update: (record: T) => void}} create
  */
 export function reconcile(parent, records, create) {
-  const former = new Map([...parent.children].map((child) => [/** @type {HTMLElement} */ (child).dataset.id, child]));
+  const former = new Map(
+    [...parent.children].map((child) => [/** @type {HTMLElement} */ (child).dataset.id, child]),
+  );
   records.forEach((record, place) => {
     const child = /** @type {any} */ (former.get(record.id) ?? create(record));
     former.delete(record.id);
     child.dataset.id = record.id;
     child.update(record);
-    if (parent.children[place] !== child) parent.insertBefore(child, parent.children[place] ?? null);
+    if (parent.children[place] !== child) {
+      parent.insertBefore(child, parent.children[place] ?? null);
+    }
   });
   for (const child of former.values()) child.remove();
 }
@@ -78,15 +102,17 @@ export function prepareDialogs() {
 }
 
 /**
- * Have a form's work done; it shows the error's sentence, or closes its dialog.
- * @param {string} form @param {string} errorPart or "" @param {() => unknown} work may return "stay"
+ * Do a form's work; then show the error's sentence, or close its dialog.
+ * @param {string} form
+ * @param {string} errorPart or ""
+ * @param {() => unknown} work may return "stay"
  */
 export function onSubmit(form, errorPart, work) {
   part(form).addEventListener("submit", async (/** @type {any} */ event) => {
     event.preventDefault();
     if (errorPart) part(errorPart).textContent = "";
     try {
-      if (await work() !== "stay") part(form).closest("dialog")?.close();
+      if ((await work()) !== "stay") part(form).closest("dialog")?.close();
     } catch (/** @type {any} */ error) {
       part(errorPart).textContent = error.message;
     }
@@ -96,11 +122,27 @@ export function onSubmit(form, errorPart, work) {
 let toastTimer = 0;
 const TOAST_MS = 7_000;
 
-/** Say something for a while, with a button to act on it. @param {string} words @param {string} [label] @param {() => void} [act] */
+/**
+ * Say something for a while, with a button to act on it.
+ * @param {string} words
+ * @param {string} [label]
+ * @param {() => void} [act]
+ */
 export function toast(words, label = "", act = () => {}) {
-  const close = () => part("toast").replaceChildren();
-  const button = make("button", { type: "button", textContent: label, onclick: () => { close(); act(); } });
+  const button = make("button", {
+    type: "button",
+    textContent: label,
+    onclick: () => {
+      hush();
+      act();
+    },
+  });
   part("toast").replaceChildren(make("p", {}, words), ...(label ? [button] : []));
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(close, TOAST_MS);
+  toastTimer = setTimeout(hush, TOAST_MS);
+}
+
+/** Take back what is said: it no longer holds. */
+export function hush() {
+  part("toast").replaceChildren();
 }

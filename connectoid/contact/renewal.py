@@ -1,0 +1,122 @@
+"""A new signing key in place of the old one: making, announcing and accepting it.
+
+The old key vouches for the new one, in `renew`, and signs nothing else any more. The new key signs
+all else from the start, and `renew` goes ahead of it until the contact has written to an address
+that was made with the new key. Then the old key is deleted. So it never matters which of the two
+keys the contact knows.
+
+PROTOCOL.md, "Renewal".
+"""
+
+from __future__ import annotations
+
+from connectoid.contact import rotation
+from connectoid.contact.machine import Machine, Received
+from connectoid.contact.record import OwnAddress
+from connectoid.encoding import decode_base64url, encode_base64url
+from connectoid.errors import Refused, UsageError
+from connectoid.messages import Message
+from connectoid.suite import CONTEXTS
+from connectoid.versions import RENEWAL_VERSION
+
+
+def begin(machine: Machine) -> None:
+    """Make a new signing key and a new address; raise UsageError if this is not the time for it.
+
+    A copy of the device has the keys of the mailboxes too, and what the link needs. So all of that
+    goes.
+    """
+    record = machine.record
+    if record.state != "paired":
+        raise UsageError("A key can be renewed once both know each other.")
+    if record.protocol < RENEWAL_VERSION:
+        raise UsageError(
+            "This contact was made with an older app, which knows no renewal. Share again."
+        )
+    if record.old_signer:
+        raise UsageError("The contact has not answered the last renewal yet. Wait until it has.")
+    rotation.rotate(machine)
+    rotation.leave_invitation(machine)
+    private_key, signer = machine.suite.make_key()
+    machine.keep(
+        private_key=private_key,
+        signer=signer,
+        old_private_key=record.private_key,
+        old_signer=record.signer,
+    )
+
+
+def prove(machine: Machine) -> str:
+    """Return the proof by the new key that its owner takes the place of the old one."""
+    record = machine.record
+    octets = proven_octets(record.old_signer, record.signer, record.link_hash)
+    return encode_base64url(machine.suite.sign(record.private_key, octets))
+
+
+def check(machine: Machine, message: Message) -> None:
+    """Raise Refused (proof) unless the new key has signed for the old one and for the link."""
+    payload = message.payload
+    octets = proven_octets(payload["from"], payload["next"], machine.record.link_hash)
+    try:
+        machine.suite.verify(payload["next"], decode_base64url(payload["proof"]), octets)
+    except Refused:
+        raise Refused("proof", "the new key has not signed for the old one and this link") from None
+
+
+def is_known(machine: Machine, signer: str) -> bool:
+    """Return whether a new key is the contact's already, or the one that waits in this round."""
+    if machine.vouched is not None and machine.vouched.message.payload["next"] == signer:
+        return True
+    return machine.record.contact == signer
+
+
+def hold(machine: Machine, received: Received) -> None:
+    """Let a `renew` wait for the others of its round; raise Refused (copied) if it cannot count.
+
+    Two new keys mean that two devices have the old one. Nobody can say which is the owner's: each
+    can have its message there first, and number it as it likes. So neither counts, nor does what
+    comes later, until the user has asked.
+    """
+    if machine.vouched is not None:
+        machine.vouched = None
+        machine.dropped["copied"] += 1
+        machine.keep(key_news="copied")
+        _tell_who_stays(machine, "copied")
+    if machine.record.key_news == "copied":
+        raise Refused("copied")
+    machine.vouched = received
+
+
+def take(machine: Machine, message: Message) -> None:
+    """Know the contact by the new key alone from now on, and tell the user."""
+    machine.keep(contact=message.payload["next"], key_news="renewed")
+    if machine.may_tell_renewed():
+        _tell_who_stays(machine, "contact_renewed")
+
+
+def _tell_who_stays(machine: Machine, event: str) -> None:
+    """Tell a user who has not left the contact."""
+    if machine.record.state != "unshared":
+        machine.tell(event)
+
+
+def complete(machine: Machine, own: OwnAddress) -> None:
+    """Delete the old key if the contact has written to an address that only the new one announced.
+
+    It knows that address from `renew`, or from what the new key has signed since.
+    """
+    record = machine.record
+    if record.old_signer and own == record.pending:
+        is_told = machine.is_renewing
+        machine.keep(old_private_key="", old_signer="")
+        if is_told:
+            machine.tell("renewed")
+
+
+def proven_octets(old: str, new: str, link_hash: str) -> bytes:
+    """Return what the new key signs. Each part has one length, so there is one way to read them.
+
+    The key of the other side is not among them: each may renew without knowing of the other's.
+    """
+    keys = decode_base64url(old) + decode_base64url(new)
+    return CONTEXTS["renew"] + b"\0" + keys + decode_base64url(link_hash)

@@ -1,0 +1,53 @@
+// @ts-check
+/**
+ * Problems outside, told once: a relay that is dead for a week causes one complaint.
+ * @module
+ */
+
+// Remembered about one contact or relay, and of so many the latest. Whoever runs a relay may choose
+// the words, and a contact names ever new relays.
+export const MAX_COMPLAINTS = 100;
+
+/**
+ * The id of a contact, the URL of a relay where this side has mailboxes, or what is sent to one.
+ * @typedef {number | string} About
+ */
+
+/** Tell the app each complaint once, until what it is about has gone well again. */
+export class Complaints {
+  /** @param {(error: Error) => void} onProblem */
+  constructor(onProblem) {
+    this.areOver = false;
+    this._onProblem = onProblem;
+    // What was told, by what it is about.
+    /** @type {Map<About, Set<string>>} */
+    this._made = new Map();
+  }
+
+  /**
+   * @param {any} error
+   * @param {About} [about]
+   */
+  make(error, about = "") {
+    if (this.areOver) return;
+    const wasTold = [...this._made.values()].some((made) => made.has(error.message));
+    const made = this._made.get(about) ?? new Set();
+    made.add(error.message);
+    // The latest is last.
+    this._made.delete(about);
+    this._made.set(about, made);
+    const [oldest] = made;
+    if (made.size > MAX_COMPLAINTS) made.delete(oldest);
+    const [longestAgo] = this._made.keys();
+    if (this._made.size > MAX_COMPLAINTS) this._made.delete(longestAgo);
+    if (!wasTold) queueMicrotask(() => this._onProblem(error));
+  }
+
+  /**
+   * Forget what was told: a relay has answered, or a contact was saved.
+   * @param {About} about
+   */
+  clear(about) {
+    this._made.delete(about);
+  }
+}

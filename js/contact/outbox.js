@@ -1,0 +1,305 @@
+// @ts-check
+/**
+ * What goes out: a function for each message that is made, and below them what all need.
+ *
+ * PROTOCOL.md, "Members", has the types; "Envelope" has the layers.
+ * @module
+ */
+
+import { encodeBase64url } from "../encoding.js";
+import {
+  AGAIN_IDLE_S, MAX_SEQ, MAX_SEQ_AHEAD_US, MOVED_EVERY_S, SECRET_BYTES,
+} from "../limits.js";
+import { parseAddress, parseInvitation } from "../links.js";
+import { sealMessage, signJws } from "../messages.js";
+import { hashJws, prove } from "../suite.js";
+import { VERSIONS } from "../versions.js";
+import { isSet } from "./effects.js";
+import { KNOWN, addressesOf } from "./record.js";
+import * as renewal from "./renewal.js";
+import { isDue, rotate, rotateIfDue } from "./rotation.js";
+
+/** @import { Message, Sdp } from "../messages.js" */
+/** @import { Machine } from "./machine.js" */
+
+// -- Messages of the pairing, known by their hash ----------------------------------------
+
+/**
+ * Make the one hello of an invitation and send it; return its hash.
+ * @param {Machine} machine
+ * @param {Sdp} sdpOffer
+ */
+export async function sendHello(machine, sdpOffer) {
+  const { contactAddress, invitation } = machine.record;
+  const nonce = encodeBase64url(machine.suite.random(SECRET_BYTES));
+  const members = { nonce, sdpOffer, ...ofThisApp(machine) };
+  const jws = await sign(machine, "hello", contactAddress, null, members);
+  const { secret } = parseInvitation(invitation, KNOWN);
+  const helloHash = await hashJws(jws);
+  machine.keep({ hello: `${jws}.${await prove(secret, jws)}`, helloHash });
+  await repeatHello(machine);
+  return helloHash;
+}
+
+/**
+ * Return what a hello or welcome says of the app that sends it.
+ * @param {Machine} machine
+ */
+function ofThisApp({ record: { app } }) {
+  return { versions: VERSIONS, ...(app && { app }) };
+}
+
+/**
+ * Send the hello again, to the byte.
+ * @param {Machine} machine
+ */
+export function repeatHello(machine) {
+  return post(machine, machine.record.contactAddress, machine.record.hello);
+}
+
+/**
+ * Make the one welcome and send it, with a new address and with an answer if there is one.
+ * @param {Machine} machine
+ * @param {Sdp | null} sdpAnswer
+ */
+export async function sendWelcome(machine, sdpAnswer) {
+  await rotate(machine);
+  const { contactAddress, helloHash, r } = machine.record;
+  const members = { r, ...ofThisApp(machine), ...(sdpAnswer && { sdpAnswer }) };
+  const welcome = await sign(machine, "welcome", contactAddress, helloHash, members);
+  const welcomeHash = await hashJws(welcome);
+  machine.keep({ welcome, welcomeHash });
+  machine.setAttempt({ offer: helloHash, answer: welcomeHash });
+  // From now on repetitions are a minute apart.
+  machine.mayRepeat("welcome");
+  await post(machine, contactAddress, welcome);
+}
+
+/**
+ * Send the welcome again, where its hello wants replies.
+ * @param {Machine} machine
+ * @param {string} address
+ */
+export function repeatWelcome(machine, address) {
+  return post(machine, address, machine.record.welcome);
+}
+
+/**
+ * Tell the sender of a hello that the link is used; r proves that this is no lie.
+ * @param {Machine} machine
+ * @param {string} address
+ * @param {string} helloHash
+ * @param {{isToStranger: boolean}} whom
+ */
+export async function sendUsed(machine, address, helloHash, { isToStranger }) {
+  const { r } = machine.record;
+  const jws = await sign(machine, "used", address, helloHash, { r });
+  await post(machine, address, jws, isToStranger);
+}
+
+// -- Numbered messages, known by their `seq` ---------------------------------------------
+
+/**
+ * Answer the welcome, with a fresh offer where its answer cannot be used; return the hash.
+ * @param {Machine} machine
+ * @param {Sdp | null} sdpOffer
+ */
+export function sendReady(machine, sdpOffer) {
+  const members = { ...(sdpOffer && { sdpOffer }) };
+  return say(machine, "ready", machine.record.welcomeHash, members);
+}
+
+/**
+ * Offer a connection, because of a call or of oneself; return the hash.
+ * @param {Machine} machine
+ * @param {string | null} cause
+ * @param {Sdp} sdpOffer
+ */
+export function sendOffer(machine, cause, sdpOffer) {
+  return say(machine, "offer", cause, { sdpOffer });
+}
+
+/**
+ * Answer an offer; return the hash.
+ * @param {Machine} machine
+ * @param {string | null} cause
+ * @param {Sdp} sdpAnswer
+ */
+export function sendAnswer(machine, cause, sdpAnswer) {
+  return say(machine, "answer", cause, { sdpAnswer });
+}
+
+/**
+ * Call for an offer, because of a stale one or of oneself; return the hash.
+ * @param {Machine} machine
+ * @param {string | null} cause
+ */
+export function sendCall(machine, cause) {
+  return say(machine, "call", cause);
+}
+
+/**
+ * Tell the contact one's newest address, for a `moved` or of oneself; return the hash.
+ * @param {Machine} machine
+ * @param {string | null} cause
+ */
+export function sendMoved(machine, cause) {
+  return say(machine, "moved", cause);
+}
+
+/**
+ * Tell the contact that the sharing has ended; return the hash.
+ * @param {Machine} machine
+ * @param {string | null} cause
+ */
+export function sendUnshare(machine, cause) {
+  return say(machine, "unshare", cause);
+}
+
+// -- What nobody has asked for, and its answer -------------------------------------------
+
+/**
+ * Tell the contact one's newest address, if nothing else that was said has told it in time.
+ *
+ * A tombstone tells it that the sharing has ended.
+ * @param {Machine} machine
+ */
+export async function announceIfDue(machine) {
+  const { now, nextWordS, record } = machine;
+  if (now.monotonicS < nextWordS) return;
+  let pauseS = MOVED_EVERY_S;
+  if (machine.hasNews) {
+    // One of them is always at the relay when the contact comes.
+    pauseS = AGAIN_IDLE_S;
+  } else if (record.state !== "paired" || !isDue(machine)) {
+    return;
+  }
+  machine.nextWordS = now.monotonicS + pauseS;
+  if (machine.isLeaving) await sendUnshare(machine, null);
+  else await sendMoved(machine, null);
+}
+
+/**
+ * Write to the contact's new address, so that it can let go of an older one, or of its old key.
+ *
+ * A `renew` that was accepted is the only one of its key, and always answered: the `moved` that
+ * follows it may have come first, to another mailbox.
+ * @param {Machine} machine
+ * @param {Message} message
+ */
+export async function answerMoved(machine, { type, payload, hash }) {
+  if (payload.re !== null) return;
+  if (machine.mayRepeat("moved") || type === "renew") await sendMoved(machine, hash);
+}
+
+// -- What all of them need ---------------------------------------------------------------
+
+/**
+ * Send a numbered message to the contact, with a new address if one is due; return its hash.
+ *
+ * While the contact may not know the key that signs it, the word of the old key goes ahead.
+ * @param {Machine} machine
+ * @param {string} type
+ * @param {string | null} re
+ * @param {object} [members]
+ */
+async function say(machine, type, re, members) {
+  await rotateIfDue(machine);
+  if (machine.record.oldSigner) {
+    if (type === "unshare") await sayByOldKey(machine, type, re);
+    else await sendRenew(machine);
+  }
+  const { contactAddress } = machine.record;
+  const jws = await sign(machine, type, contactAddress, re, members);
+  await post(machine, contactAddress, jws);
+  return hashJws(jws);
+}
+
+/**
+ * Have the old key say which one follows it.
+ * @param {Machine} machine
+ */
+async function sendRenew(machine) {
+  const proof = await renewal.prove(machine);
+  await sayByOldKey(machine, "renew", null, { next: machine.record.signer, proof });
+}
+
+/**
+ * Send a last word of the key that a renewal replaces: `renew`, or `unshare`.
+ * @param {Machine} machine
+ * @param {string} type
+ * @param {string | null} re
+ * @param {object} [members]
+ */
+async function sayByOldKey(machine, type, re, members) {
+  const { contactAddress, oldSigner: from, oldPrivateKey } = machine.record;
+  const payload = makePayload(machine, type, contactAddress, re, { from, ...members });
+  await post(machine, contactAddress, await signJws(machine.suite, oldPrivateKey, payload));
+}
+
+/**
+ * Return a new message, with all that is true now; its `seq` is in the record.
+ * @param {Machine} machine
+ * @param {string} type
+ * @param {string} to
+ * @param {string | null} re
+ * @param {object} [members]
+ */
+async function sign(machine, type, to, re, members) {
+  const payload = makePayload(machine, type, to, re, members);
+  return signJws(machine.suite, machine.record.privateKey, payload);
+}
+
+/**
+ * Return the payload of a new message; its `seq` is in the record.
+ * @param {Machine} machine
+ * @param {string} type
+ * @param {string} to
+ * @param {string | null} re
+ * @param {object} [members]
+ */
+function makePayload(machine, type, to, re, members) {
+  const seq = nextSeq(machine);
+  machine.keep({ seq });
+  const connectoid = announcedAddress(machine, type);
+  return { type, to, from: machine.record.signer, seq, re, connectoid, ...members };
+}
+
+/**
+ * Return the `seq` of a new message: the time, but more than that of the last one.
+ * @param {Machine} machine
+ */
+function nextSeq({ now, record }) {
+  const following = record.seq + 1;
+  if (now.wallUs >= MAX_SEQ / 2) return following;
+  // The clock was ahead. Nobody has accepted that number whose own was right.
+  if (isSet(now) && following > now.wallUs + MAX_SEQ_AHEAD_US) return now.wallUs;
+  return Math.max(now.wallUs, following);
+}
+
+/**
+ * Return the address for replies. Strangers who have the link learn no other than its own.
+ * @param {Machine} machine
+ * @param {string} type
+ */
+function announcedAddress(machine, type) {
+  const { pending, current } = machine.record;
+  const [first] = addressesOf(machine.record);
+  if (type === "used") return first.address;
+  return (pending ?? current ?? first).address;
+}
+
+/**
+ * Seal a message to each mailbox of an address, and send it.
+ * @param {Machine} machine
+ * @param {string} address
+ * @param {string} text
+ * @param {boolean} [isToStranger]
+ */
+async function post(machine, address, text, isToStranger = false) {
+  for (const mailbox of parseAddress(address, KNOWN)) {
+    const data = await sealMessage(machine.suite, mailbox.pub, text);
+    machine.do({ do: "send", mailbox, data, isToStranger });
+  }
+  if (!isToStranger) machine.pollFast();
+}

@@ -1,0 +1,148 @@
+// @ts-check
+/**
+ * A new signing key in place of the old one: making, announcing and accepting it.
+ *
+ * The old key vouches for the new one, in `renew`, and signs nothing else any more. The new key
+ * signs all else from the start, and `renew` goes ahead of it until the contact has written to an
+ * address that was made with the new key. Then the old key is deleted. So it never matters which
+ * of the two keys the contact knows. PROTOCOL.md, "Renewal".
+ * @module
+ */
+
+import { concat, decodeBase64url, encodeBase64url } from "../encoding.js";
+import { Refused, UsageError } from "../errors.js";
+import { CONTEXTS } from "../suite.js";
+import { RENEWAL_VERSION } from "../versions.js";
+import { NO_OLD_KEY } from "./record.js";
+import { leaveInvitation, rotate } from "./rotation.js";
+
+/** @import { Message } from "../messages.js" */
+/** @import { Machine, Received } from "./machine.js" */
+/** @import { OwnAddress } from "./record.js" */
+
+/**
+ * Make a new signing key and a new address; throw UsageError if this is not the time for it.
+ *
+ * A copy of the device has the keys of the mailboxes too, and what the link needs. So all of that
+ * goes.
+ * @param {Machine} machine
+ */
+export async function begin(machine) {
+  const { state, protocol, privateKey, signer, oldSigner } = machine.record;
+  if (state !== "paired") throw new UsageError("A key can be renewed once both know each other.");
+  if (protocol < RENEWAL_VERSION) {
+    throw new UsageError(
+      "This contact was made with an older app, which knows no renewal. Share again.");
+  }
+  if (oldSigner) {
+    throw new UsageError(
+      "The contact has not answered the last renewal yet. Wait until it has.");
+  }
+  await rotate(machine);
+  leaveInvitation(machine);
+  const [newKey, newSigner] = await machine.suite.makeKey("ECDSA");
+  machine.keep({
+    privateKey: newKey,
+    signer: newSigner,
+    oldPrivateKey: privateKey,
+    oldSigner: signer,
+  });
+}
+
+/**
+ * Return the proof by the new key that its owner takes the place of the old one.
+ * @param {Machine} machine
+ */
+export async function prove({ suite, record }) {
+  const { oldSigner, signer, linkHash, privateKey } = record;
+  const octets = provenOctets(oldSigner, signer, linkHash);
+  return encodeBase64url(await suite.sign(privateKey, octets));
+}
+
+/**
+ * Throw Refused (proof) unless the new key has signed for the old one and for the link.
+ * @param {Machine} machine
+ * @param {Message} message
+ */
+export async function check({ suite, record }, { payload }) {
+  const octets = provenOctets(payload.from, payload.next, record.linkHash);
+  try {
+    await suite.verify(payload.next, decodeBase64url(payload.proof), octets);
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    throw new Refused("proof", "the new key has not signed for the old one and this link");
+  }
+}
+
+/**
+ * Say whether a new key is the contact's already, or the one that waits in this round.
+ * @param {Machine} machine
+ * @param {string} signer
+ */
+export function isKnown({ record, vouched }, signer) {
+  return record.contact === signer || vouched?.message.payload.next === signer;
+}
+
+/**
+ * Let a `renew` wait for the others of its round; throw Refused (copied) if it cannot count.
+ *
+ * Two new keys mean that two devices have the old one. Nobody can say which is the owner's: each
+ * can have its message there first, and number it as it likes. So neither counts, nor does what
+ * comes later, until the user has asked.
+ * @param {Machine} machine
+ * @param {Received} received
+ */
+export function hold(machine, received) {
+  if (machine.vouched) {
+    machine.vouched = null;
+    machine.drop("copied");
+    machine.keep({ keyNews: "copied" });
+    tellWhoStays(machine, "copied");
+  }
+  if (machine.record.keyNews === "copied") throw new Refused("copied");
+  machine.vouched = received;
+}
+
+/**
+ * Know the contact by the new key alone from now on, and tell the user.
+ * @param {Machine} machine
+ * @param {Message} message
+ */
+export function take(machine, { payload }) {
+  machine.keep({ contact: payload.next, keyNews: "renewed" });
+  if (machine.mayTellRenewed()) tellWhoStays(machine, "contact_renewed");
+}
+
+/**
+ * Tell a user who has not left the contact.
+ * @param {Machine} machine
+ * @param {string} event
+ */
+function tellWhoStays(machine, event) {
+  if (machine.record.state !== "unshared") machine.tell(event);
+}
+
+/**
+ * Delete the old key if the contact has written to an address that only the new one announced.
+ *
+ * It knows that address from `renew`, or from what the new key has signed since.
+ * @param {Machine} machine
+ * @param {OwnAddress} own
+ */
+export function complete(machine, own) {
+  const { oldSigner, pending } = machine.record;
+  if (!oldSigner || own.address !== pending?.address) return;
+  const isTold = machine.isRenewing;
+  machine.keep(NO_OLD_KEY);
+  if (isTold) machine.tell("renewed");
+}
+
+/**
+ * Return what the new key signs. Each part has one length, so there is one way to read them.
+ *
+ * The key of the other side is not among them: each may renew without knowing of the other's.
+ * @param {string[]} parts the old key, the new one, and the hash of the invitation
+ */
+function provenOctets(...parts) {
+  return concat(CONTEXTS.renew, Uint8Array.of(0), ...parts.map(decodeBase64url));
+}

@@ -1,0 +1,215 @@
+/** A runner in a page of its own time, at a relay that is a function. */
+
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { Contact } from "../connectoid.js";
+import { SUITE, makeSdp, startApp } from "./harness.mjs";
+
+const APP = "https://app.example.com/";
+const RELAY = "https://relay.example.com/";
+
+/** What some browsers say of the network. */
+class FakeConnection extends EventTarget {
+  type = "wifi";
+
+  change(type) {
+    this.type = type;
+    this.dispatchEvent(new Event("change"));
+  }
+}
+
+/** A page, its time and its network. `pass` lets seconds go by, one by one. */
+class FakePage {
+  constructor(answer) {
+    this.requests = [];
+    this.page = new EventTarget();
+    const document = new EventTarget();
+    this.page.navigator = { connection: new FakeConnection() };
+    this.page.document = Object.assign(document, { visibilityState: "visible" });
+    this.monotonicS = 0;
+    this._answer = answer;
+    this._sleeping = new Set();
+  }
+
+  now() {
+    const wallUs = 1_800_000_000_000_000 + this.monotonicS * 1e6;
+    return { wallUs, monotonicS: this.monotonicS };
+  }
+
+  sleep(seconds, signal) {
+    return new Promise((resolve) => {
+      this._sleeping.add({ untilS: this.monotonicS + Math.max(seconds, 0), resolve });
+      signal?.addEventListener("abort", () => resolve());
+      if (signal?.aborted) resolve();
+    });
+  }
+
+  async fetch(url, { body = null, ...init }) {
+    const request = JSON.parse(body);
+    this.requests.push({ atS: this.monotonicS, request, init });
+    const reply = request ? await this._answer(request, this.monotonicS) : {};
+    return new Response(typeof reply === "string" ? reply : JSON.stringify(reply));
+  }
+
+  async pass(seconds) {
+    for (const endS = this.monotonicS + seconds; this.monotonicS < endS; this.monotonicS += 1) {
+      this._wakeSleepers();
+      // All their work is done before the next second.
+      await new Promise((resolve) => setTimeout(resolve, 1));
+    }
+  }
+
+  _wakeSleepers() {
+    for (const sleeper of this._sleeping) {
+      if (sleeper.untilS > this.monotonicS) continue;
+      this._sleeping.delete(sleeper);
+      sleeper.resolve();
+    }
+  }
+
+  /** Return the times of all requests but those for the relay's document. */
+  get times() {
+    return this.requests.filter(({ request }) => request).map(({ atS }) => atS);
+  }
+}
+
+function findNothing(request) {
+  if (!Array.isArray(request)) return { ok: true };
+  return request.map(() => ({ ok: true, found: false }));
+}
+
+/** Start a runner in a fake page. */
+async function startFaked(answer = findNothing) {
+  const fake = new FakePage(answer);
+  const { app } = await startApp(RELAY, {
+    page: fake.page,
+    now: () => fake.now(),
+    sleep: (seconds, signal) => fake.sleep(seconds, signal),
+    fetch: (url, init) => fake.fetch(url, init),
+  });
+  return { app, fake };
+}
+
+test("requests carry nothing and follow nothing", async () => {
+  const { app, fake } = await startFaked();
+  await app.share("Bob", APP);
+  await fake.pass(5);
+  for (const { init } of fake.requests) {
+    const { redirect, credentials, cache, referrerPolicy } = init;
+    assert.deepEqual(
+      [redirect, credentials, cache, referrerPolicy],
+      ["error", "omit", "no-store", "no-referrer"]);
+  }
+});
+
+test("without contacts nothing is asked", async () => {
+  const { fake } = await startFaked();
+  await fake.pass(300);
+  assert.equal(fake.requests.length, 0);
+});
+
+test("a hidden page asks once a minute without waiting", async () => {
+  const { app, fake } = await startFaked();
+  const { document } = fake.page;
+  document.visibilityState = "hidden";
+  await app.share("Bob", APP);
+  await fake.pass(100);
+  fake.requests.length = 0;
+  await fake.pass(600);
+  const count = fake.requests.length;
+  assert.ok(count === 9 || count === 10, `${count} in ten minutes`);
+  assert.ok(fake.requests.every(({ request }) => request[0].wait === 0));
+  document.visibilityState = "visible";
+  document.dispatchEvent(new Event("visibilitychange"));
+  fake.requests.length = 0;
+  await fake.pass(3);
+  assert.equal(fake.requests[0].request[0].wait, 60);
+});
+
+test("a page that is left asks nothing until it is shown again", async () => {
+  const { app, fake } = await startFaked();
+  await app.share("Bob", APP);
+  await fake.pass(5);
+  fake.page.dispatchEvent(new Event("pagehide"));
+  await fake.pass(5);
+  fake.requests.length = 0;
+  await fake.pass(300);
+  assert.equal(fake.requests.length, 0);
+  fake.page.dispatchEvent(new Event("pageshow"));
+  await fake.pass(3);
+  assert.equal(fake.requests.length, 1);
+});
+
+test("a relay that fails is asked ever more seldom, and at once with the network", async () => {
+  const { app, fake } = await startFaked(() => "rubbish");
+  await app.share("Bob", APP);
+  await fake.pass(400);
+  const { times } = fake;
+  const gaps = times.slice(1).map((atS, place) => atS - times[place]);
+  for (const [place, backoffS] of [2, 5, 15, 30, 60, 60].entries()) {
+    assert.ok(gaps[place] >= backoffS, `${gaps}`);
+    assert.ok(gaps[place] <= 1.25 * backoffS + 2, `${gaps}`);
+  }
+  fake.requests.length = 0;
+  fake.page.dispatchEvent(new Event("online"));
+  await fake.pass(3);
+  assert.equal(fake.times.length, 1);
+});
+
+test("a relay that says when to come again is obeyed", async () => {
+  const { app, fake } = await startFaked((_, atS) => (
+    { ok: false, error: "Too often", retry: atS < 1 ? 200 : 5_000 }));
+  await app.share("Bob", APP);
+  await fake.pass(2_500);
+  const [first, second, third] = fake.times;
+  assert.ok(second - first >= 200 && second - first <= 252, `${fake.times}`);
+  assert.ok(third - second >= 900 && third - second <= 1_127, `${fake.times}`);
+});
+
+test("with another network, what waits goes on at once, and connections are doubted", async () => {
+  const { app, fake } = await startFaked((request) => (
+    Array.isArray(request) ? findNothing(request) : "rubbish"));
+  const now = { wallUs: 1, monotonicS: 1 };
+  const [{ record }] = await Contact.invite(SUITE, now, "", [[RELAY, null]]);
+  const { webrtc } = app;
+  webrtc.gather = (contact, attemptId) => {
+    webrtc.report(contact, "gathered", attemptId, makeSdp("offer"));
+  };
+  let doubts = 0;
+  webrtc.doubt = () => {
+    doubts += 1;
+  };
+  await app.open(record.invitation, "Alice");
+  // After the fourth failure there are 30 s to wait.
+  await fake.pass(30);
+  const sends = () => fake.requests.filter(({ request }) => request?.action === "send").length;
+  const before = sends();
+  fake.page.navigator.connection.change("wifi");
+  await fake.pass(1);
+  assert.deepEqual([sends(), doubts], [before, 0], "a change of speed");
+  fake.page.navigator.connection.change("cellular");
+  await fake.pass(2);
+  assert.deepEqual([sends(), doubts], [before + 1, 1]);
+});
+
+test("a message that is lost on its way to a relay is sent again", async () => {
+  let failures = 3;
+  const { app, fake } = await startFaked((request) => {
+    if (Array.isArray(request)) return findNothing(request);
+    failures -= 1;
+    return failures >= 0 ? "rubbish" : { ok: true };
+  });
+  const now = { wallUs: 1, monotonicS: 1 };
+  const [{ record }] = await Contact.invite(SUITE, now, "", [[RELAY, null]]);
+  const { webrtc } = app;
+  webrtc.gather = (contact, attemptId) => {
+    webrtc.report(contact, "gathered", attemptId, makeSdp("offer"));
+  };
+  await app.open(record.invitation, "Alice");
+  // The machine sends the hello anew after 50 seconds.
+  await fake.pass(90);
+  const sends = fake.requests.filter(({ request }) => request?.action === "send");
+  const sent = sends.map(({ request }) => request.data);
+  assert.equal(sent.filter((data) => data === sent[0]).length, 4);
+});

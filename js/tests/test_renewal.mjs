@@ -1,0 +1,371 @@
+/** A new signing key: the owner renews, and a copy of the device from before is shut out. */
+
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { Contact, UsageError, checkRecord } from "../connectoid.js";
+import { addressesOf } from "../contact/record.js";
+import { concat, decodeBase64url, encodeBase64url } from "../encoding.js";
+import { AGAIN_IDLE_S, MAX_SEQ_AHEAD_US, RENEWED_EVERY_S } from "../limits.js";
+import { sealMessage, signJws } from "../messages.js";
+import { CONTEXTS } from "../suite.js";
+import { SUITE, Wire, makeSdp, pair } from "./harness.mjs";
+
+/** Let two pair, and leave the connection. */
+async function apart() {
+  const wire = new Wire();
+  const { alice, bob } = await pair(wire);
+  await wire.rounds(4);
+  for (const [name, contact] of Object.entries(wire.contacts)) {
+    await wire.do(name, contact.channelClosed(wire.now, contact.attempt.attemptId));
+  }
+  return { wire, alice, bob };
+}
+
+/** Return who has a name, and the other one. */
+function sides({ wire, alice, bob }, name) {
+  return name === "Alice"
+    ? { wire, owner: alice, other: bob, otherName: "Bob" }
+    : { wire, owner: bob, other: alice, otherName: "Alice" };
+}
+
+/** Make a contact anew from its record, as a thief does, or an app that starts again. */
+function copied(contact) {
+  return new Contact(SUITE, checkRecord({ ...contact.record }));
+}
+
+/** Return a message that a contact's own key signs, whatever it says. */
+function signedBy({ record }, type, to, members) {
+  return signJws(SUITE, record.privateKey, {
+    type,
+    to,
+    from: record.signer,
+    re: null,
+    connectoid: (record.pending ?? record.current).address,
+    ...members,
+  });
+}
+
+/** Put a text into the newest mailbox of a contact. */
+async function put(wire, contact, text) {
+  const { pending, current } = contact.record;
+  const { address } = pending ?? current;
+  const mailbox = contact.mailboxes.find(({ pub }) => address.startsWith(pub));
+  wire.deliver({ mailbox, data: await sealMessage(SUITE, mailbox.pub, text) });
+}
+
+/** Put a `renew` by a thief, with a key of his own, into the newest mailbox of a contact. */
+async function putRenewal(wire, contact, thief, seq) {
+  const { pending, current } = contact.record;
+  const [key, next] = await SUITE.makeKey("ECDSA");
+  const parts = [thief.record.signer, next, thief.record.linkHash].map(decodeBase64url);
+  const octets = concat(CONTEXTS.renew, Uint8Array.of(0), ...parts);
+  const proof = encodeBase64url(await SUITE.sign(key, octets));
+  const { address } = pending ?? current;
+  await put(wire, contact, await signedBy(thief, "renew", address, { seq, next, proof }));
+}
+
+/** Return the events of a kind that somebody was told. */
+function toldOf(wire, name, event) {
+  return wire.told.filter((told) => told[0] === name && told[1] === event).length;
+}
+
+function assertAgreed(one, other) {
+  assert.deepEqual(
+    [one.record.contact, other.record.contact], [other.record.signer, one.record.signer]);
+  for (const { record } of [one, other]) {
+    assert.deepEqual([record.oldSigner, record.oldPrivateKey], ["", null]);
+  }
+}
+
+for (const name of ["Alice", "Bob"]) {
+  test(`${name} renews: key and address are new, both are told, and they connect`, async () => {
+    const { wire, owner, other, otherName } = sides(await apart(), name);
+    const before = owner.record;
+    await wire.do(name, owner.renew(wire.now));
+    assert.deepEqual(
+      [owner.record.oldSigner, owner.record.oldPrivateKey], [before.signer, before.privateKey]);
+    assert.equal(wire.saved[name], owner.record);
+    await wire.rounds(4);
+    assertAgreed(owner, other);
+    assert.notEqual(owner.record.signer, before.signer);
+    assert.equal(owner.record.current.address, other.record.contactAddress);
+    assert.notEqual(owner.record.current.address, before.current.address);
+    assert.deepEqual([owner.record.invited, owner.record.invitation], [null, ""]);
+    assert.ok(wire.told.some(([who, event]) => who === name && event === "renewed"));
+    assert.ok(wire.told.some(([who, event]) => who === otherName && event === "contact_renewed"));
+    await wire.do(name, owner.connect(wire.now));
+    await wire.rounds(6);
+    assert.deepEqual([owner.attempt.state, other.attempt.state], ["connected", "connected"]);
+  });
+
+  test(`a copy of ${name}'s device is shut out after the renewal`, async () => {
+    const { wire, owner, other } = sides(await apart(), name);
+    const thief = copied(owner);
+    await wire.do(name, owner.renew(wire.now));
+    await wire.rounds(4);
+    const before = other.record;
+    const { address } = before.pending ?? before.current;
+    for (const [place, type] of ["moved", "unshare", "unshare"].entries()) {
+      const seq = place === 2 ? 2 ** 53 - 1 : wire.now.wallUs + place;
+      await put(wire, other, await signedBy(thief, type, address, { seq }));
+    }
+    // He renews too, and is second.
+    const late = await thief.renew(wire.now);
+    for (const effect of late) if (effect.do === "send") wire.deliver(effect);
+    await wire.rounds(2);
+    assert.equal(other.record, before);
+    assert.ok(other.dropped.sender >= 5);
+  });
+
+  test(`a thief who answers ${name}'s renewal does not keep the contact's out`, async () => {
+    const { wire, owner, other, otherName } = sides(await apart(), name);
+    // An earlier one, after which no address of the owner is pending.
+    await wire.do(name, owner.renew(wire.now));
+    await wire.rounds(4);
+    // He has a copy of the contact's device, which does not hear of the new key.
+    const thief = copied(other);
+    wire.contacts[otherName] = thief;
+    await wire.do(name, owner.renew(wire.now));
+    await wire.rounds(4);
+    assert.equal(owner.record.oldSigner, "");
+    wire.contacts[otherName] = other;
+    wire.boxes.clear();
+    await wire.do(otherName, other.renew(wire.now));
+    await wire.poll(name);
+    assert.equal(owner.dropped.proof, undefined);
+    assert.equal(owner.record.contact, other.record.signer);
+    assert.notEqual(owner.record.contact, thief.record.signer);
+  });
+
+  test(`a channel of a thief of ${name}'s device is closed by the renewal`, async () => {
+    const { wire, owner, other, otherName } = sides(await apart(), name);
+    const thief = copied(owner);
+    wire.contacts[name] = thief;
+    await wire.do(name, thief.connect(wire.now));
+    await wire.rounds(6);
+    assert.deepEqual([thief.attempt.state, other.attempt.state], ["connected", "connected"]);
+    wire.contacts[name] = owner;
+    await wire.do(name, owner.renew(wire.now));
+    wire.told.length = 0;
+    await wire.poll(otherName);
+    assert.equal(other.attempt.state, "apart");
+    assert.deepEqual(
+      wire.told, [[otherName, "contact_renewed"], [otherName, "disconnected"]]);
+  });
+
+  test(`a thief's high number does not keep ${name}'s renewal from counting`, async () => {
+    const { wire, owner, other, otherName } = sides(await apart(), name);
+    const thief = copied(owner);
+    const { pending, current } = other.record;
+    const high = wire.now.wallUs + MAX_SEQ_AHEAD_US;
+    const members = { seq: high, sdpOffer: makeSdp("offer") };
+    const type = name === "Alice" ? "call" : "offer";
+    const { address } = pending ?? current;
+    await put(wire, other, await signedBy(thief, type, address, members));
+    await wire.poll(otherName);
+    assert.equal(other.record.seenSeq, high);
+    await wire.do(name, owner.renew(wire.now));
+    await wire.rounds(4);
+    assertAgreed(owner, other);
+  });
+
+  for (const seq of [1, 2 ** 53 - 1]) {
+    test(`two renewals of ${name} in a round do not count, the other's seq is ${seq}`, async () => {
+      const { wire, owner, other, otherName } = sides(await apart(), name);
+      const thief = copied(owner);
+      await wire.do(name, owner.renew(wire.now));
+      await putRenewal(wire, other, thief, seq);
+      await wire.poll(otherName);
+      assert.equal(other.record.contact, thief.record.signer);
+      assert.equal(other.record.keyNews, "copied");
+      assert.equal(other.dropped.copied, 2);
+      // Nor does one that comes alone, after a restart either.
+      const again = copied(other);
+      wire.contacts[otherName] = again;
+      wire.boxes.clear();
+      await putRenewal(wire, again, thief, seq);
+      await wire.poll(otherName);
+      assert.deepEqual(again.dropped, { copied: 1 });
+      assert.equal(again.record.contact, thief.record.signer);
+      assert.equal(toldOf(wire, otherName, "copied"), 1);
+      // The user has asked, and says that all is well.
+      await wire.do(otherName, again.verify(wire.now, { same: false }));
+      assert.equal(again.record.keyNews, "copied");
+      await wire.do(otherName, again.verify(wire.now));
+      assert.equal(again.record.keyNews, "");
+      wire.boxes.clear();
+      wire.nowS += AGAIN_IDLE_S;
+      await wire.do(name, owner.tick(wire.now));
+      await wire.rounds(4);
+      assertAgreed(owner, again);
+      assert.equal(again.record.keyNews, "renewed");
+    });
+  }
+
+  for (const renews of [true, false]) {
+    const when = renews ? "while she renews" : "of the same key";
+    test(`a thief's renewal does not keep ${name}'s unshare from counting, ${when}`, async () => {
+      const { wire, owner, other, otherName } = sides(await apart(), name);
+      const thief = copied(owner);
+      if (renews) {
+        await wire.do(name, owner.renew(wire.now));
+        await putRenewal(wire, other, thief, 1);
+        await wire.poll(otherName);
+        assert.equal(other.record.keyNews, "copied");
+      }
+      await wire.do(name, owner.unshare(wire.now));
+      await putRenewal(wire, other, thief, 2);
+      await wire.poll(otherName);
+      assert.equal(other.record.why, "unshared");
+    });
+  }
+
+  test(`a request of a thief of ${name}'s device that waits goes with the renewal`, async () => {
+    const { wire, owner, other, otherName } = sides(await apart(), name);
+    other.privacy = { askFirst: true };
+    const thief = copied(owner);
+    const members = { seq: wire.now.wallUs, sdpOffer: makeSdp("offer") };
+    const type = name === "Alice" ? "call" : "offer";
+    const { address } = other.record.pending ?? other.record.current;
+    await put(wire, other, await signedBy(thief, type, address, members));
+    await wire.poll(otherName);
+    assert.notEqual(other.machine.asked, null);
+    await wire.do(name, owner.renew(wire.now));
+    await wire.poll(otherName);
+    assert.equal(other.machine.asked, null);
+  });
+
+  test(`a lost renewal of ${name} is repeated within the hour, and at a start`, async () => {
+    const { wire, owner, other } = sides(await apart(), name);
+    await wire.do(name, owner.renew(wire.now));
+    wire.boxes.clear();
+    assert.ok(owner.nextTickS <= wire.nowS + AGAIN_IDLE_S);
+    wire.nowS += AGAIN_IDLE_S;
+    const sent = (await owner.tick(wire.now)).filter((effect) => effect.do === "send");
+    assert.equal(sent.length, 2);
+    const again = copied(owner);
+    wire.contacts[name] = again;
+    await wire.rounds(6);
+    assertAgreed(again, other);
+    assert.deepEqual(other.dropped, {});
+  });
+}
+
+test("both may renew at once", async () => {
+  const { wire, alice, bob } = await apart();
+  await Promise.all(["Alice", "Bob"].map((name) => (
+    wire.do(name, wire.contacts[name].renew(wire.now)))));
+  await wire.rounds(6);
+  assertAgreed(alice, bob);
+  assert.deepEqual(Object.keys({ ...alice.dropped, ...bob.dropped }), ["replay"]);
+});
+
+for (const first of ["pending", "current"]) {
+  test(`both may renew at once, the ${first} mailbox is read first`, async () => {
+    const { wire, alice, bob } = await apart();
+    for (const [name, contact] of Object.entries(wire.contacts)) {
+      await wire.do(name, contact.renew(wire.now));
+    }
+    await wire.poll("Alice");
+    const pub = bob.record[first].address.split(".")[0];
+    const found = bob.mailboxes.map((mailbox) => [mailbox.pub, wire.boxes.get(mailbox.pub) ?? []]);
+    const isFirst = ([box]) => box === pub;
+    await wire.do("Bob", bob.polled(wire.now, new Map(found.filter(isFirst))));
+    await wire.do("Bob", bob.polled(wire.now, new Map(found.filter((box) => !isFirst(box)))));
+    await wire.poll("Alice");
+    assertAgreed(alice, bob);
+  });
+}
+
+test("who renews and leaves before the answer is heard all the same", async () => {
+  const { wire, alice, bob } = await apart();
+  await wire.do("Alice", alice.renew(wire.now));
+  await wire.poll("Bob");
+  await wire.do("Alice", alice.unshare(wire.now));
+  await wire.poll("Bob");
+  assert.equal(bob.record.why, "unshared");
+});
+
+test("who has left is told nothing of a new key, and tells it that it is over", async () => {
+  const { wire, alice, bob } = await apart();
+  await wire.do("Bob", bob.unshare(wire.now));
+  wire.boxes.clear();
+  await wire.do("Alice", alice.renew(wire.now));
+  wire.nowS += 61;
+  wire.told.length = 0;
+  await wire.poll("Bob");
+  assert.equal(bob.record.contact, alice.record.signer);
+  await wire.poll("Alice");
+  assert.deepEqual(wire.told, [["Alice", "renewed"], ["Alice", "unshared"]]);
+  assert.equal(alice.record.why, "unshared");
+});
+
+test("a renewal is a mistake too early, twice, or with an older app", async () => {
+  const wire = new Wire();
+  const { alice, bob } = await pair(wire);
+  await assert.rejects(alice.renew(wire.now), /know each other/);
+  await assert.rejects(bob.renew(wire.now), UsageError);
+  await wire.rounds(4);
+  const old = new Contact(SUITE, { ...bob.record, protocol: 1 });
+  const before = old.record;
+  await assert.rejects(old.renew(wire.now), /older app/);
+  assert.equal(old.record, before);
+  await alice.renew(wire.now);
+  await assert.rejects(alice.renew(wire.now), /not answered/);
+});
+
+test("a record from before there were renewals opens", async () => {
+  const { alice } = await apart();
+  const { oldPrivateKey, oldSigner, ...before } = alice.record;
+  assert.deepEqual([oldPrivateKey, oldSigner], [null, ""]);
+  assert.deepEqual(checkRecord(before), alice.record);
+});
+
+for (const name of ["Alice", "Bob"]) {
+  test(`a copy of ${name}'s device that fills mailboxes shuts nobody out`, async () => {
+    const { wire, owner, other, otherName } = sides(await apart(), name);
+    const addresses = () => addressesOf(other.record).map(({ address }) => address).sort();
+    const before = addresses();
+    const thief = copied(owner);
+    wire.contacts[name] = thief;
+    // More than a relay keeps of one source, in each of four rounds, and each word is answered.
+    for (let round = 0; round < 4; round += 1) {
+      for (let number = 0; number < 64; number += 1) await put(wire, other, `${round} ${number}`);
+      await wire.rounds(1);
+      wire.nowS += 60;
+      await wire.do(name, thief.connect(wire.now));
+      await wire.rounds(4);
+      await wire.do(name, thief.disconnect(wire.now));
+      await wire.do(otherName, other.disconnect(wire.now));
+    }
+    assert.deepEqual(addresses(), before);
+    wire.nowS += 60;
+    await wire.do(name, owner.unshare(wire.now));
+    await wire.poll(otherName);
+    assert.deepEqual([other.record.state, other.record.why], ["ended", "unshared"]);
+  });
+}
+
+test("a record with other news of a key is damaged, and one without opens", async () => {
+  const { alice } = await apart();
+  const { keyNews, ...before } = alice.record;
+  assert.equal(keyNews, "");
+  assert.deepEqual(checkRecord(before), alice.record);
+  assert.throws(() => checkRecord({ ...alice.record, keyNews: "stolen" }), /damaged/);
+});
+
+for (const [afterS, times] of [[-1, 1], [0, 2], [1, 2]]) {
+  test(`a new key ${afterS} s after an hour is told ${times} times in all`, async () => {
+    const { wire, alice, bob } = await apart();
+    const begunS = wire.nowS;
+    for (const atS of [0, 600, RENEWED_EVERY_S + afterS]) {
+      await wire.poll("Bob");
+      wire.nowS = begunS + atS;
+      await wire.do("Bob", bob.renew(wire.now));
+      await wire.poll("Alice");
+    }
+    assert.equal(alice.record.contact, bob.record.signer);
+    assert.equal(toldOf(wire, "Alice", "contact_renewed"), times);
+  });
+}

@@ -1,0 +1,123 @@
+/** The adapter for RTCPeerConnection, with a connection that is none. */
+
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { NotConnectedError } from "../errors.js";
+import { PeerAdapter } from "../webrtc.js";
+import { makeSdp } from "./harness.mjs";
+
+/** A data channel without another end. */
+class FakeChannel {
+  constructor(label, kind = {}) {
+    this.label = label;
+    this.ordered = true;
+    this.maxRetransmits = null;
+    this.maxPacketLifeTime = null;
+    Object.assign(this, kind);
+    this.readyState = "open";
+    this.bufferedAmount = 0;
+  }
+
+  send() {
+    throw new TypeError("RTCDataChannel's largest message is smaller");
+  }
+
+  close() {
+    this.readyState = "closed";
+  }
+}
+
+/** A connection that has gathered all there is. */
+class FakeConnection {
+  constructor() {
+    FakeConnection.last = this;
+    this.iceGatheringState = "complete";
+    this.localDescription = makeSdp("offer");
+  }
+
+  createDataChannel(label) {
+    this.made = new FakeChannel(label);
+    return this.made;
+  }
+
+  async setRemoteDescription() {}
+
+  async setLocalDescription() {}
+
+  close() {}
+}
+
+for (const offer of [null, makeSdp("offer")]) {
+  const side = offer ? "answers" : "offers";
+  test(`a side that ${side} has one data channel, and refuses another`, async () => {
+    const reports = [];
+    const adapter = new PeerAdapter(FakeConnection, async () => {});
+    adapter.start((contact, event) => reports.push(event));
+    await adapter.gather(1, 1, offer, Promise.resolve({ iceServers: [] }));
+    const connection = FakeConnection.last;
+    const first = connection.made ?? new FakeChannel("connectoid");
+    if (offer) connection.ondatachannel({ channel: first });
+    const others = ["connectoid", "another"].map((label) => new FakeChannel(label));
+    for (const channel of others) connection.ondatachannel({ channel });
+    const told = reports.filter((event) => event === "opened" || event === "refused");
+    assert.deepEqual(told, ["opened", "refused", "refused"]);
+  });
+}
+
+test("a channel that is not ordered and reliable, or has another label, is refused", async () => {
+  const odd = [{ ordered: false }, { maxRetransmits: 0 }, { maxPacketLifeTime: 9 }, { label: "x" }];
+  for (const kind of odd) {
+    const reports = [];
+    const adapter = new PeerAdapter(FakeConnection, async () => {});
+    adapter.start((contact, event) => reports.push(event));
+    await adapter.gather(1, 1, makeSdp("offer"), Promise.resolve({ iceServers: [] }));
+    FakeConnection.last.ondatachannel({ channel: new FakeChannel("connectoid", kind) });
+    assert.equal(reports.at(-1), "refused");
+  }
+});
+
+test("a channel that takes no message ends as one that is closed", async () => {
+  const adapter = new PeerAdapter(FakeConnection, async () => {});
+  adapter.start(() => {});
+  await adapter.gather(1, 7, null, Promise.resolve({ iceServers: [] }));
+  await assert.rejects(adapter.write(1, 7, "Hello"), NotConnectedError);
+  assert.equal(FakeConnection.last.made.readyState, "closed");
+});
+
+test("with another network, a connection that is disconnected is told as closed", async () => {
+  const reports = [];
+  const passing = [];
+  const adapter = new PeerAdapter(FakeConnection, (seconds) => (
+    new Promise((resolve) => passing.push([seconds, resolve]))));
+  adapter.start((contact, event) => reports.push(event));
+  await adapter.gather(1, 7, null, Promise.resolve({ iceServers: [] }));
+  const connection = FakeConnection.last;
+  passing.length = 0;
+  reports.length = 0;
+  adapter.doubt();
+  assert.deepEqual(reports, [], "it is connected");
+  connection.connectionState = "disconnected";
+  connection.onconnectionstatechange();
+  assert.deepEqual(reports.splice(0), ["closed"]);
+  const [[seconds, end]] = passing;
+  assert.equal(seconds, 15);
+  end();
+  await Promise.resolve();
+  connection.onconnectionstatechange();
+  assert.deepEqual(reports, ["silent"], "the network is an old one");
+});
+
+test("a connection that is disconnected for now is told as silent, and goes on", async () => {
+  const reports = [];
+  const adapter = new PeerAdapter(FakeConnection, async () => {});
+  adapter.start((contact, event, attemptId) => reports.push([event, attemptId]));
+  await adapter.gather(1, 7, null, Promise.resolve({ iceServers: [] }));
+  const connection = FakeConnection.last;
+  reports.length = 0;
+  for (const state of ["disconnected", "connected", "failed"]) {
+    connection.connectionState = state;
+    connection.onconnectionstatechange();
+  }
+  assert.deepEqual(reports, [["silent", 7], ["closed", 7]]);
+});

@@ -1,0 +1,296 @@
+// @ts-check
+/**
+ * WebRTC by RTCPeerConnection. It closes a connection only when the machine says so.
+ * @module
+ */
+
+import { NotConnectedError } from "./errors.js";
+import { browserSystem } from "./system.js";
+
+/** @import { Bytes } from "./encoding.js" */
+/** @import { Sdp } from "./messages.js" */
+/** @import { System } from "./system.js" */
+
+const CHANNEL_LABEL = "connectoid";
+// How long candidates are gathered. What a STUN server has not answered by then is left out.
+const GATHER_LIMIT_S = 2;
+// How much may be buffered on a data channel. More waits.
+const MAX_BUFFERED_BYTES = 1_048_576;
+// How long a closed connection takes to send its buffered data.
+const FLUSH_S = 2;
+const FLUSH_STEP_S = 0.05;
+// Once the network has changed: browsers miss the other end within a few seconds.
+const DOUBT_S = 15;
+
+// A TURN server's error (RFC 8489, section 14.8).
+const UNAUTHORIZED = 401;
+
+export const CLOSED = "The connection is closed.";
+
+/**
+ * Reports are (contact, event, attemptId, value). The events are `gathered` with an offer, an
+ * answer or null, `opened`, `message` with bytes or a string, `trouble` with what a server
+ * refuses, in words, `silent` when the other end has not answered for a while, `refused` when
+ * something came that no honest app sends, and `closed`.
+ * @typedef {(contact: number, event: string, attemptId: number, value?: any) => void} Report
+ *
+ * An adapter makes peer connections: one for each contact, that of the newest attempt. `write`
+ * resolves when there is room for more, and rejects with NotConnectedError.
+ * @typedef {object} WebRTC
+ * @property {(report: Report) => void} start
+ * @property {(
+ *   contact: number, attemptId: number, offer: Sdp | null, ice: Promise<RTCConfiguration>,
+ * ) => void} gather
+ * @property {(contact: number, attemptId: number, answer: Sdp) => void} join
+ * @property {(contact: number, attemptId: number, message: Bytes | string) => Promise<void>} write
+ * @property {(contact: number, attemptId: number) => void} close
+ * @property {() => void} doubt reports connections as closed whose other ends do not answer now:
+ *   the network of this device is another one
+ * @property {() => void} stop
+ */
+
+/** The peer connection of one attempt. */
+class Peer {
+  /**
+   * @param {number} attemptId
+   * @param {(event: string, value?: any) => void} report
+   */
+  constructor(attemptId, report) {
+    this.attemptId = attemptId;
+    this.isClosed = false;
+    /** @type {RTCPeerConnection | undefined} */
+    this.connection = undefined;
+    /** @type {RTCDataChannel | undefined} */
+    this.channel = undefined;
+    this._report = report;
+    this._isDoubted = false;
+  }
+
+  /**
+   * Report an event, as long as the peer is not closed.
+   * @param {string} event
+   * @param {any} [value]
+   */
+  tell(event, value) {
+    if (!this.isClosed) this._report(event, value);
+  }
+
+  /**
+   * Make an offer, or the answer to one, with its candidates.
+   * @param {RTCPeerConnection} connection
+   * @param {Sdp | null} offer
+   * @param {System["sleep"]} sleep
+   */
+  async describe(connection, offer, sleep) {
+    this.connection = connection;
+    connection.onconnectionstatechange = () => this._judge();
+    connection.onicecandidateerror = ({ url, errorCode }) => {
+      if (errorCode !== UNAUTHORIZED) return;
+      this.tell("trouble", `${url} cannot be used: it refuses the username or the password.`);
+    };
+    connection.ondatachannel = ({ channel }) => this.watch(channel);
+    if (offer) {
+      await connection.setRemoteDescription(offer);
+    } else {
+      this.watch(connection.createDataChannel(CHANNEL_LABEL));
+    }
+    // With an offer this makes an answer.
+    await connection.setLocalDescription();
+    await Promise.race([allGathered(connection), sleep(GATHER_LIMIT_S)]);
+  }
+
+  /**
+   * For a while, take a connection for lost as soon as the browser misses its other end.
+   * @param {System["sleep"]} sleep
+   */
+  async doubt(sleep) {
+    this._isDoubted = true;
+    this._judge();
+    await sleep(DOUBT_S);
+    this._isDoubted = false;
+  }
+
+  /** Tell what the browser says of the connection. One that never opened gets the same time. */
+  _judge() {
+    const state = this.connection?.connectionState;
+    // The browser has asked whether the other is there (RFC 7675), and asks on.
+    const isSilent = state === "disconnected";
+    const isLost = state === "failed" || state === "closed" || (isSilent && this._isDoubted);
+    if (this.channel && isLost) this.tell("closed");
+    else if (isSilent) this.tell("silent");
+  }
+
+  /** @param {RTCDataChannel} channel */
+  watch(channel) {
+    if (this.channel || !isOurs(channel)) {
+      this.tell("refused");
+      return;
+    }
+    this.channel = channel;
+    channel.binaryType = "arraybuffer";
+    channel.bufferedAmountLowThreshold = MAX_BUFFERED_BYTES / 2;
+    channel.onmessage = ({ data }) => this.tell("message", asMessage(data));
+    channel.onclose = () => this.tell("closed");
+    channel.onopen = () => this.tell("opened");
+    if (channel.readyState === "open") this.tell("opened");
+  }
+
+  /**
+   * Close it, after what is buffered has gone out.
+   * @param {System["sleep"]} sleep
+   */
+  async close(sleep) {
+    this.isClosed = true;
+    for (let waitedS = 0; waitedS < FLUSH_S; waitedS += FLUSH_STEP_S) {
+      if (this.channel?.readyState !== "open" || !this.channel.bufferedAmount) break;
+      await sleep(FLUSH_STEP_S);
+    }
+    this.connection?.close();
+  }
+}
+
+/**
+ * Return whether a channel is as CHANNEL-1 says.
+ * @param {RTCDataChannel} channel
+ */
+function isOurs(channel) {
+  const isReliable = channel.maxRetransmits === null && channel.maxPacketLifeTime === null;
+  return channel.label === CHANNEL_LABEL && channel.ordered && isReliable;
+}
+
+/** Make peer connections with RTCPeerConnection. @implements {WebRTC} */
+export class PeerAdapter {
+  /**
+   * @param {typeof RTCPeerConnection} [PeerConnection]
+   * @param {System["sleep"]} [sleep]
+   */
+  constructor(PeerConnection = globalThis.RTCPeerConnection, sleep = browserSystem().sleep) {
+    this._PeerConnection = PeerConnection;
+    this._sleep = sleep;
+    /** @type {Map<number, Peer>} */
+    this._peers = new Map();
+    /** @type {Report} */
+    this._report = () => {};
+  }
+
+  /** @type {WebRTC["start"]} */
+  start(report) {
+    this._report = report;
+  }
+
+  /** @type {WebRTC["gather"]} */
+  async gather(contact, attemptId, offer, ice) {
+    this._drop(contact);
+    const peer = new Peer(attemptId, (event, value) => {
+      this._report(contact, event, attemptId, value);
+    });
+    this._peers.set(contact, peer);
+    await this._describe(peer, offer, ice).catch(warn);
+    const local = peer.connection?.localDescription;
+    const sdp = local ? { type: local.type, sdp: local.sdp } : null;
+    peer.tell("gathered", sdp);
+  }
+
+  /** @type {WebRTC["join"]} */
+  join(contact, attemptId, answer) {
+    this._of(contact, attemptId)?.connection?.setRemoteDescription(answer).catch(warn);
+  }
+
+  /** @type {WebRTC["write"]} */
+  async write(contact, attemptId, message) {
+    const channel = this._of(contact, attemptId)?.channel;
+    if (channel?.readyState !== "open") throw new NotConnectedError(CLOSED);
+    try {
+      channel.send(/** @type {any} */ (message));
+    } catch {
+      // A channel that loses a message is of no use.
+      channel.close();
+      throw new NotConnectedError(CLOSED);
+    }
+    if (channel.bufferedAmount > MAX_BUFFERED_BYTES) await hasRoom(channel);
+  }
+
+  /** @type {WebRTC["close"]} */
+  close(contact, attemptId) {
+    if (this._of(contact, attemptId)) this._drop(contact);
+  }
+
+  doubt() {
+    for (const peer of this._peers.values()) peer.doubt(this._sleep);
+  }
+
+  stop() {
+    for (const contact of this._peers.keys()) this._drop(contact);
+  }
+
+  /**
+   * @param {Peer} peer
+   * @param {Sdp | null} offer
+   * @param {Promise<RTCConfiguration>} ice
+   */
+  async _describe(peer, offer, ice) {
+    const configuration = await ice;
+    if (peer.isClosed) return;
+    const connection = new this._PeerConnection(configuration);
+    await peer.describe(connection, offer, this._sleep);
+  }
+
+  /**
+   * @param {number} contact
+   * @param {number} attemptId
+   */
+  _of(contact, attemptId) {
+    const peer = this._peers.get(contact);
+    return peer?.attemptId === attemptId ? peer : undefined;
+  }
+
+  /** @param {number} contact */
+  _drop(contact) {
+    const peer = this._peers.get(contact);
+    this._peers.delete(contact);
+    peer?.close(this._sleep);
+  }
+}
+
+/** @param {RTCPeerConnection} connection */
+function allGathered(connection) {
+  return new Promise((resolve) => {
+    const look = () => connection.iceGatheringState === "complete" && resolve(null);
+    connection.onicegatheringstatechange = look;
+    look();
+  });
+}
+
+/** @param {RTCDataChannel} channel */
+function hasRoom(channel) {
+  return new Promise((resolve) => {
+    channel.addEventListener("bufferedamountlow", resolve, { once: true });
+    channel.addEventListener("close", resolve, { once: true });
+  });
+}
+
+/** @param {string | ArrayBuffer} data */
+function asMessage(data) {
+  return typeof data === "string" ? data : new Uint8Array(data);
+}
+
+/** @param {unknown} error */
+function warn(error) {
+  console.warn("WebRTC failed:", error);
+}
+
+// -- Where there is no WebRTC ------------------------------------------------------------
+
+export const LACKS_WEBRTC =
+  "WebRTC is missing or off here: contacts can be seen and ended, but not connected.";
+
+/** Make no connections. @type {WebRTC} */
+export const NO_WEBRTC = {
+  start() {},
+  gather() {},
+  join() {},
+  write: () => Promise.reject(new NotConnectedError(LACKS_WEBRTC)),
+  close() {},
+  doubt() {},
+  stop() {},
+};

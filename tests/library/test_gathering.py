@@ -1,0 +1,192 @@
+"""Gathering by aiortc: servers on this machine that answer, are silent, or refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from apps import SOON_S
+
+from connectoid import AiortcAdapter, Ice
+from connectoid.gathering import (
+    GATHER_LIMIT_S,
+    NEEDED,
+    IceServer,
+    gather_in_time,
+    read_server,
+)
+from connectoid.webrtc import Description
+
+aioice = pytest.importorskip("aioice.ice")
+stun = pytest.importorskip("aioice.stun")
+kwargs_of = pytest.importorskip("aiortc.rtcicetransport").connection_kwargs
+
+HERE = "127.0.0.1"
+# An address of this machine from which a packet goes nowhere, as far as a server goes.
+DEAD = "127.0.0.2"
+MAPPED = ("203.0.113.7", 50_007)
+
+
+class Silent(asyncio.DatagramProtocol):
+    """Answer nothing."""
+
+
+class Server(asyncio.DatagramProtocol):
+    """Tell whoever asks from HERE that its address is MAPPED, and refuse to be a TURN server."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Keep the way back."""
+        self._transport = transport
+
+    def datagram_received(self, octets: bytes, address: tuple[str, int]) -> None:
+        """Answer, or not."""
+        if address[0] == DEAD:
+            return
+        asked = stun.parse_message(octets)
+        reply = stun.Message(
+            message_method=asked.message_method, message_class=stun.Class.RESPONSE,
+            transaction_id=asked.transaction_id)
+        reply.attributes["XOR-MAPPED-ADDRESS"] = MAPPED
+        if asked.message_method == stun.Method.ALLOCATE:
+            reply.message_class = stun.Class.ERROR
+            reply.attributes = {
+                "ERROR-CODE": (401, "Unauthorized"), "NONCE": b"nonce", "REALM": "example.com"}
+        self._transport.sendto(bytes(reply), address)
+
+
+@contextlib.asynccontextmanager
+async def serving(server: type[asyncio.DatagramProtocol] = Server) -> AsyncIterator[int]:
+    """Lend a server; return its port."""
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_datagram_endpoint(server, local_addr=(HERE, 0))
+    try:
+        yield transport.get_extra_info("sockname")[1]
+    finally:
+        transport.close()
+
+
+async def gather(
+    servers: list[IceServer], addresses: list[str], timeout_s: float = SOON_S,
+) -> list[tuple[str, str, str]]:
+    """Return type, address and own address of the candidates that are gathered."""
+    connection = aioice.Connection(ice_controlling=True)
+    gather_in_time(connection, servers, lambda _: None, relay_only=False)
+    try:
+        found = await connection.get_component_candidates(1, addresses, timeout_s)
+    finally:
+        await connection.close()
+    return [(each.type, each.host, each.related_address or each.host) for each in found]
+
+
+def test_address_from_which_nothing_comes_back_holds_up_no_offer() -> None:
+    """One of the two addresses gets a reply; the other is not waited for to the end."""
+
+    async def gather_beside_dead() -> list[tuple[str, str, str]]:
+        async with serving() as port:
+            return await gather(read_server(f"stun:{HERE}:{port}"), [DEAD, HERE])
+
+    assert asyncio.run(gather_beside_dead()) == [
+        ("host", DEAD, DEAD), ("host", HERE, HERE), ("srflx", MAPPED[0], HERE)]
+
+
+def test_what_is_there_when_the_time_is_over_is_told() -> None:
+    """No server answers: there are the addresses of this machine."""
+
+    async def gather_beside_silent() -> list[tuple[str, str, str]]:
+        async with serving(Silent) as port:
+            servers = [
+                *read_server(f"stun:{HERE}:{port}"),
+                *read_server({"urls": f"turn:{HERE}:{port}", "username": "u", "credential": "c"}),
+            ]
+            return await gather(servers, [HERE], GATHER_LIMIT_S)
+
+    assert asyncio.run(gather_beside_silent()) == [("host", HERE, HERE)]
+
+
+def test_all_stun_servers_are_asked_and_an_address_is_told_once() -> None:
+    """The first is silent, and two say the same."""
+
+    async def gather_beside_three() -> list[tuple[str, str, str]]:
+        async with serving(Silent) as nobody, serving() as one, serving() as other:
+            servers = [
+                server for port in (nobody, one, other)
+                for server in read_server(f"stun:{HERE}:{port}")]
+            return await gather(servers, [HERE])
+
+    assert asyncio.run(gather_beside_three()) == [
+        ("host", HERE, HERE), ("srflx", MAPPED[0], HERE)]
+
+
+async def offer(ice: Ice) -> tuple[str, list[str]]:
+    """Return the SDP of an offer that aiortc makes with some servers, and what they refuse."""
+    gathered: asyncio.Future[Description] = asyncio.get_running_loop().create_future()
+    troubles: list[str] = []
+
+    def report(_contact: int, event: str, _attempt_id: int, value: Any) -> None:
+        if event == "gathered":
+            gathered.set_result(value)
+        elif event == "trouble":
+            troubles.append(value)
+
+    adapter = AiortcAdapter()
+    adapter.start(report)
+    adapter.gather(1, 1, None, ice)
+    async with asyncio.timeout(SOON_S):
+        description = await gathered
+    await adapter.stop()
+    return description["sdp"], troubles
+
+
+@pytest.mark.parametrize(("server", "words"), [
+    ("stun:stun.example.com:many", "stun:stun.example.com:many cannot be used: malformed uri"),
+    ("stuns:stun.example.com", "STUN over TLS is not supported"),
+    ("https://stun.example.com/", "invalid scheme"),
+    ({"urls": ["turn:turn.example.com"]}, "without a username and a credential"),
+])
+def test_server_that_aiortc_cannot_use_costs_a_warning_and_no_offer(
+    server: object, words: str,
+) -> None:
+    sdp, (trouble,) = asyncio.run(offer(Ice([server])))
+    assert "m=application" in sdp
+    assert words in trouble
+
+
+def test_turn_server_that_refuses_the_password_is_told_without_it() -> None:
+    """The offer has what there is."""
+
+    async def offer_beside_refusal() -> tuple[str, list[str]]:
+        async with serving() as port:
+            turn = {"urls": f"turn:{HERE}:{port}", "username": "alice", "credential": "secret"}
+            return await offer(Ice([turn]))
+
+    sdp, (trouble,) = asyncio.run(offer_beside_refusal())
+    assert "m=application" in sdp
+    assert "it refuses the username or the password" in trouble
+    assert "secret" not in trouble
+    assert "secret" not in repr(read_server(
+        {"urls": "turn:a", "username": "alice", "credential": "secret"}))
+
+
+def test_stun_server_by_its_ipv6_address_is_left_out_without_a_word() -> None:
+    """For IPv6 nobody needs one, and aiortc cannot read such a URL."""
+    assert read_server("stun:[2001:db8::1]:443") == []
+
+
+def test_aioice_still_has_what_this_mends() -> None:
+    """As soon as this fails, a part of `gathering` may go."""
+    waits = inspect.signature(aioice.Connection.get_component_candidates).parameters["timeout"]
+    assert waits.default == 5
+    assert all(hasattr(aioice, name) for name in NEEDED)
+    two = [stub("stun:one.example.com"), stub("stun:other.example.com")]
+    assert kwargs_of(two) == {"stun_server": ("one.example.com", 3478)}
+    with pytest.raises(ValueError, match="malformed"):
+        kwargs_of([stub("stun:[2001:db8::1]:443")])
+
+
+def stub(url: str) -> Any:
+    """Return a server as aiortc wants it."""
+    return pytest.importorskip("aiortc").RTCIceServer(urls=url)

@@ -1,0 +1,330 @@
+"""What a hostile contact's SCTP can do: nothing but end the connection that it came on."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable, Mapping
+
+import pytest
+from apps import APP_URL, SOON_S, Apps
+
+from connectoid import AiortcAdapter, NotConnectedError
+from connectoid.sctp_gate import (
+    ABORT,
+    DATA,
+    ERROR,
+    FORWARD_TSN,
+    HEARTBEAT,
+    HEARTBEAT_ACK,
+    INIT,
+    INIT_ACK,
+    MAX_CONTROL_CHUNKS,
+    MAX_PARAMETERS,
+    MAX_RECONFIG_PARAMETERS,
+    MAX_UNCONFIRMED_BYTES,
+    NEEDED,
+    RECONFIG,
+    SACK,
+    SHUTDOWN,
+    BadPacketError,
+    SctpGate,
+    check_chunk,
+    check_sack,
+    guard_sctp,
+    read_chunks,
+)
+
+aiortc = pytest.importorskip("aiortc")
+ice = pytest.importorskip("aioice.ice")
+sctp = pytest.importorskip("aiortc.rtcsctptransport")
+
+HEAD = bytes(12)
+WRONG = "the other end broke the rules of data channels"
+
+
+def chunk(kind: int, body: bytes = b"", length: int | None = None) -> bytes:
+    """Return a chunk, perhaps with another length than its own."""
+    if length is None:
+        length = 4 + len(body)
+    return struct.pack("!BBH", kind, 0, length) + body + bytes(-len(body) % 4)
+
+
+def parameter(value: bytes = b"", kind: int = 1, length: int | None = None) -> bytes:
+    """Return a parameter, perhaps with another length than its own."""
+    if length is None:
+        length = 4 + len(value)
+    return struct.pack("!HH", kind, length) + value + bytes(-len(value) % 4)
+
+
+def sack(tsn: int, *gaps: tuple[int, int], count: int | None = None) -> bytes:
+    """Return the body of a SACK, perhaps with another number of gap blocks than it has."""
+    if count is None:
+        count = len(gaps)
+    blocks = b"".join(struct.pack("!HH", *gap) for gap in gaps)
+    return struct.pack("!LLHH", tsn, 100_000, count, 0) + blocks
+
+
+def is_good(kind: int, body: bytes) -> bool:
+    """Return whether a packet of one chunk is taken."""
+    try:
+        for found in read_chunks(HEAD + chunk(kind, body)):
+            check_chunk(*found)
+    except BadPacketError:
+        return False
+    return True
+
+
+def is_good_sack(body: bytes, last_tsn: int) -> bool:
+    """Return whether a SACK is taken when so much was sent."""
+    try:
+        check_sack(body, last_tsn)
+    except BadPacketError:
+        return False
+    return True
+
+
+# -- From outside --------------------------------------------------------------------------
+
+
+class Raw:
+    """A chunk as Mallory writes it."""
+
+    def __init__(self, octets: bytes) -> None:
+        self._octets = octets
+
+    def __bytes__(self) -> bytes:
+        return self._octets
+
+
+def of_nothing_for_ever(_: int) -> bytes:
+    """Return a HEARTBEAT with a parameter of no bytes: aiortc would read it for ever."""
+    return chunk(HEARTBEAT, parameter(length=0))
+
+
+def of_gaps(tsn: int) -> bytes:
+    """Return a SACK that would be counted for seconds."""
+    return chunk(SACK, sack(tsn, *[(0, 65_535)] * 280))
+
+
+def of_streams(tsn: int) -> bytes:
+    """Return a FORWARD TSN, with 256 of the 65,536 streams that it can make."""
+    streams = b"".join(struct.pack("!HH", stream, 0) for stream in range(256))
+    return chunk(FORWARD_TSN, struct.pack("!L", tsn) + streams)
+
+
+def on_another_stream(tsn: int) -> bytes:
+    """Return a message on a stream of no channel."""
+    return chunk(DATA, struct.pack("!LHHL", tsn, 77, 0, 53) + b".")
+
+
+ATTACKS: Mapping[str, Callable[[int], bytes]] = {
+    "parameter": of_nothing_for_ever,
+    "gaps": of_gaps,
+    "forward": of_streams,
+    "stream": on_another_stream,
+}
+
+
+@pytest.mark.sockets
+@pytest.mark.parametrize("what", ATTACKS)
+def test_packet_that_would_hold_up_aiortc_ends_the_connection_and_is_told(
+    apps: Apps, relay_url: str, what: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Alice goes on: they connect anew, and what honest people send arrives."""
+    found = ice.get_host_addresses
+    monkeypatch.setattr(ice, "get_host_addresses", lambda **kinds: found(**kinds) or ["127.0.0.1"])
+    alice = apps.begin("Alice", relay_url, webrtc=AiortcAdapter())
+    adapter = AiortcAdapter()
+    mallory = apps.begin("Mallory", relay_url, webrtc=adapter)
+    mallory.open(alice.share("Mallory", APP_URL), "Alice")
+    here = alice.connect("Mallory", SOON_S)
+    there = mallory.connect("Alice", SOON_S)
+    there.send("." * 65_536)
+    assert here.receive(SOON_S) == "." * 65_536
+    (peer,) = adapter._peers.values()
+    transport = peer.connection.sctp
+
+    async def attack() -> None:
+        tsn = transport._local_tsn
+        if what == "gaps":
+            tsn = transport._last_received_tsn
+        await transport._send_chunk(Raw(ATTACKS[what](tsn)))
+
+    mallory.loop_thread.wait(attack())
+    with pytest.raises(NotConnectedError, match=WRONG):
+        here.receive(SOON_S)
+    assert there.closed.wait(SOON_S)
+    assert f"Mallory: The connection is closed: {WRONG}." in caplog.text
+    mallory.connect("Alice", SOON_S).send("Hello")
+    assert alice.connect("Mallory", SOON_S).receive(SOON_S) == "Hello"
+
+
+# -- Packets -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "good"), [(0, False), (3, False), (4, True), (5, False)])
+def test_chunk_has_its_header_and_ends_in_its_packet(length: int, good: bool) -> None:
+    packet = HEAD + chunk(14, length=length)
+    if good:
+        assert read_chunks(packet) == [(14, b"")]
+    else:
+        with pytest.raises(BadPacketError, match="a wrong length"):
+            read_chunks(packet)
+
+
+@pytest.mark.parametrize("packet", [b"", HEAD, HEAD + b"\3\0\0"])
+def test_packet_without_a_chunk_is_refused(packet: bytes) -> None:
+    with pytest.raises(BadPacketError, match="no chunk"):
+        read_chunks(packet)
+
+
+def test_control_chunks_in_a_packet_are_bounded_and_data_is_not() -> None:
+    ack = chunk(11)
+    much = chunk(DATA, bytes(12) + b".") * 60
+    for count in (MAX_CONTROL_CHUNKS - 1, MAX_CONTROL_CHUNKS):
+        assert len(read_chunks(HEAD + ack * count + much)) == count + 60
+    with pytest.raises(BadPacketError, match="too many chunks"):
+        read_chunks(HEAD + ack * (MAX_CONTROL_CHUNKS + 1))
+
+
+def test_nothing_stands_beside_init() -> None:
+    init = chunk(INIT, bytes(16))
+    assert len(read_chunks(HEAD + init)) == 1
+    with pytest.raises(BadPacketError, match="beside INIT"):
+        read_chunks(HEAD + init + chunk(11))
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"), [(DATA, 13), (INIT, 16), (INIT_ACK, 16), (SACK, 12), (SHUTDOWN, 4)])
+def test_chunk_has_what_aiortc_reads_of_it(kind: int, least: int) -> None:
+    assert [is_good(kind, bytes(size)) for size in (0, least - 1, least)] == [False, False, True]
+
+
+def test_forward_tsn_is_refused_with_and_without_streams() -> None:
+    assert not is_good(FORWARD_TSN, bytes(4))
+    assert not is_good(FORWARD_TSN, bytes(8))
+
+
+# -- Parameters ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [INIT, INIT_ACK, HEARTBEAT, HEARTBEAT_ACK, ABORT, ERROR, RECONFIG])
+def test_parameter_has_its_header_and_ends_in_its_chunk(kind: int) -> None:
+    before = bytes(16 * (kind in (INIT, INIT_ACK)))
+
+    def good(length: int) -> bool:
+        return is_good(kind, before + parameter(b"1234", length=length))
+
+    assert [good(length) for length in (0, 3, 9, 65_535)] == [False] * 4
+    assert good(8)
+    assert is_good(kind, before + parameter(length=4))
+
+
+def test_parameters_of_a_chunk_are_bounded() -> None:
+    for most, kind in ((MAX_PARAMETERS, HEARTBEAT), (MAX_RECONFIG_PARAMETERS, RECONFIG)):
+        good = [is_good(kind, parameter() * count) for count in (most - 1, most, most + 1)]
+        assert good == [True, True, False]
+
+
+@pytest.mark.parametrize(("kind", "least"), [(13, 12), (16, 8), (17, 8), (99, 0)])
+def test_reconfig_has_what_aiortc_reads_of_it(kind: int, least: int) -> None:
+    sizes = (least, least + 2, least + 1)
+    assert [is_good(RECONFIG, parameter(bytes(size), kind)) for size in sizes] == [
+        True, True, False]
+    if least:
+        assert not is_good(RECONFIG, parameter(bytes(least - 2), kind))
+
+
+# -- SACK ----------------------------------------------------------------------------------
+
+# Numbers go round at 2^32.
+TSN = 2**32 - 5
+
+
+@pytest.mark.parametrize("end", [9, 10, 11])
+def test_gap_block_ends_where_what_was_sent_ends(end: int) -> None:
+    assert is_good_sack(sack(TSN, (2, end)), (TSN + 10) % 2**32) == (end <= 10)
+
+
+@pytest.mark.parametrize("ahead", [-1, 0, 1])
+def test_sack_goes_no_further_than_what_was_sent(ahead: int) -> None:
+    assert is_good_sack(sack((TSN + 10 + ahead) % 2**32), (TSN + 10) % 2**32) == (ahead <= 0)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "good"),
+    [
+        ([(1, 4), (5, 10)], True),
+        # aiortc sorts numbers that go round like others.
+        ([(5, 8), (2, 3)], True),
+        ([(0, 4)], False),
+        ([(4, 3)], False),
+        ([(1, 6), (1, 6)], False),
+        ([(1, 10), (10, 10)], False),
+        ([(0, 65_535)], False),
+    ],
+)
+def test_gap_blocks_hold_no_more_than_was_sent(gaps: list[tuple[int, int]], good: bool) -> None:
+    assert is_good_sack(sack(TSN, *gaps), (TSN + 10) % 2**32) == good
+
+
+def test_sack_has_as_many_blocks_as_it_says() -> None:
+    assert is_good_sack(sack(0, (2, 2), count=1), 10)
+    assert not is_good_sack(sack(0, (2, 2), count=2), 10)
+
+
+# -- aiortc --------------------------------------------------------------------------------
+
+
+class FakeAssociation:
+    """What the gate needs of an association of aiortc, with a window that grows."""
+
+    def __init__(self, window_bytes: int) -> None:
+        self._cwnd = window_bytes
+        self._local_tsn = 0
+
+    async def _handle_data(self, _packet: bytes) -> None:
+        self._cwnd *= 2
+
+
+@pytest.mark.sockets
+@pytest.mark.parametrize("more", [-2, 0, 2])
+def test_other_end_has_us_keep_so_much_and_no_more(more: int) -> None:
+    """Whoever confirms all for a while, and then nothing, would decide it."""
+    association = FakeAssociation(MAX_UNCONFIRMED_BYTES // 2 + more // 2)
+    gate = SctpGate(association, lambda: pytest.fail("refused"))
+    asyncio.run(gate.handle(HEAD + chunk(HEARTBEAT_ACK)))
+    assert association._cwnd == MAX_UNCONFIRMED_BYTES + min(more, 0)
+
+
+@pytest.mark.sockets
+def test_aiortc_has_the_names_that_the_gate_needs() -> None:
+    """With others it would see everything; the attacks above then hold up the test."""
+
+    async def names() -> list[bool]:
+        connection = aiortc.RTCPeerConnection(aiortc.RTCConfiguration([]))
+        connection.createDataChannel("connectoid")
+        found = [hasattr(connection.sctp, name) for name in NEEDED]
+        await connection.close()
+        return found
+
+    assert asyncio.run(names()) == [True] * len(NEEDED)
+
+
+def test_aiortc_makes_chunks_that_the_gate_takes() -> None:
+    """One of each kind, as it writes them itself."""
+    init = sctp.InitChunk()
+    init.params = [(sctp.SCTP_PRSCTP_SUPPORTED, b""), (sctp.SCTP_SUPPORTED_CHUNK_EXT, b"\xc0\x82")]
+    reset = sctp.ReconfigChunk()
+    reset.params = [(13, bytes(sctp.StreamResetOutgoingParam(1, 2, 3, [1])))]
+    error = sctp.ErrorChunk()
+    error.params = [(sctp.SCTP_CAUSE_STALE_COOKIE, bytes(8))]
+    for made in (init, reset, error, sctp.AbortChunk(), sctp.CookieAckChunk()):
+        (found,) = read_chunks(sctp.serialize_packet(5_000, 5_000, 1, made))
+        check_chunk(*found)
+
+
+def test_another_aiortc_is_left_as_it_is() -> None:
+    guard_sctp(object(), list)

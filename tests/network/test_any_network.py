@@ -1,0 +1,59 @@
+"""Two people with the command line, in the networks of the table.
+
+What is asserted is that they connect, within a limit that has room for a busy machine. What it took
+is printed: `bench/networks.py` makes a table of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab import Lab, lacking, open_lab
+from networks_of_people import NETWORKS, Network
+from people import Person, pair
+
+pytestmark = pytest.mark.slow
+
+CONNECTING = [network for network in NETWORKS if network.connects]
+APART = [network for network in NETWORKS if not network.connects]
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    """Lend a lab, or skip the test."""
+    if lacking():
+        pytest.skip(lacking())
+    with open_lab(tmp_path) as lab:
+        yield lab
+
+
+def settle_in(lab: Lab, network: Network) -> tuple[Person, Person]:
+    """Put Alice and Bob into a network."""
+    places = network.make(lab)
+    alice, bob = (
+        Person(lab, name, place, relay=network.relay, ice_servers=network.ice_servers)
+        for name, place in zip(("Alice", "Bob"), places, strict=True))
+    return alice, bob
+
+
+@pytest.mark.parametrize("network", CONNECTING, ids=[network.name for network in CONNECTING])
+def test_two_people_connect(lab: Lab, network: Network) -> None:
+    """One shares, the other opens the link."""
+    if network.ice_servers and shutil.which("turnserver") is None:
+        pytest.skip("turnserver is missing: apt-get install coturn")
+    alice, bob = settle_in(lab, network)
+    print(f"{network.name}: connected after {pair(alice, bob):.1f} s")
+
+
+@pytest.mark.parametrize("network", APART, ids=[network.name for network in APART])
+def test_two_people_hear_that_their_networks_do_not_connect(lab: Lab, network: Network) -> None:
+    """No direct path exists, and both are told what would help."""
+    alice, bob = settle_in(lab, network)
+    shares = alice.start("share", "Bob")
+    opens = bob.start("open", shares.wait_for("link").told["link"], "--name", "Alice", "--yes")
+    began_s = opens.wait_for("waiting").at_s
+    told = opens.wait_for("unreachable")
+    print(f"{network.name}: told after {told.at_s - began_s:.1f} s")

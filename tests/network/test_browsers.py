@@ -1,0 +1,84 @@
+"""Two browsers in the first networks of the table: Chromium, each in a network of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import RELAY_IPV4, RELAY_PORT, ROOT, Lab, Namespace, lacking, open_lab
+from networks_of_people import NETWORKS, Network
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.slow
+
+# Each page is served within its own network: browsers have Web Crypto for localhost.
+PAGES_PORT = 8000
+PATIENCE_MS = 100_000
+ARGS = ["--no-sandbox", "--disable-features=WebRtcHideLocalIpsWithMdns"]
+START = """async (relay) => {
+    const { Connectoid, Store } = await import("/js/connectoid.js");
+    window.app = new Connectoid(await Store.open("contacts"), [relay], { allowHttp: true });
+    await app.start();
+}"""
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    """Lend a lab, or skip the test."""
+    if lacking():
+        pytest.skip(lacking())
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
+    with open_lab(tmp_path) as lab:
+        yield lab
+
+
+@pytest.fixture
+def chromium() -> Iterator[Any]:
+    """Return what starts browsers. A lab that is made after it ends them before."""
+    with playwright.sync_playwright() as started:
+        yield started.chromium
+
+
+def open_page(lab: Lab, chromium: Any, place: Namespace) -> Any:
+    """Return a page with the library in a browser that has a network of its own."""
+    lab.start(*place.command(
+        sys.executable, "-m", "http.server", str(PAGES_PORT), "--bind", "127.0.0.1",
+        "--directory", str(ROOT)))
+    program = lab.folder / f"chromium-{place.name}"
+    program.write_text(f'#!/bin/sh\nexec {" ".join(place.command(CHROMIUM))} "$@"\n')
+    program.chmod(0o755)
+    browser = chromium.launch(executable_path=str(program), args=ARGS, headless=True)
+    lab.ending.callback(browser.close)
+    page = browser.new_page()
+    page.on("console", lambda message: print(place.name, message.text))
+    url = f"http://127.0.0.1:{PAGES_PORT}/js/"
+    for _ in range(100):
+        try:
+            page.goto(url)
+            break
+        except playwright.Error:
+            # The server of the page is not there yet.
+            page.wait_for_timeout(100)
+    page.evaluate(START, f"http://{RELAY_IPV4}:{RELAY_PORT}/")
+    return page
+
+
+@pytest.mark.parametrize("network", NETWORKS[:3], ids=[network.name for network in NETWORKS[:3]])
+def test_two_browsers_connect(chromium: Any, lab: Lab, network: Network) -> None:
+    """One shares, the other opens the link."""
+    alice, bob = (open_page(lab, chromium, place) for place in network.make(lab))
+    link = alice.evaluate("app.share('Bob', location.href)")
+    began_s = time.monotonic()
+    bob.evaluate("(link) => app.open(link, 'Alice')", link)
+    for page, name in ((alice, "Bob"), (bob, "Alice")):
+        page.evaluate("(name) => { app.connect(name).then((c) => { window.channel = c; }); }", name)
+    for page in (alice, bob):
+        page.wait_for_function("window.channel", timeout=PATIENCE_MS)
+    print(f"{network.name}, Chromium: connected after {time.monotonic() - began_s:.1f} s")
