@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import ssl
 import subprocess
@@ -24,6 +25,9 @@ SECRET = "0123456789abcdef0123456789abcdef"
 URL = "turn:turn.example.com"
 QUOTA = 20
 FIRST_CHANNEL = 0x4000
+# On a busy machine coturn once left all seven repeats of a request unanswered: a client asks again
+# from another port.
+ATTEMPTS = 3
 
 # What nobody may reach through the server, and what everybody may.
 PRIVATE = (
@@ -90,6 +94,12 @@ class Client:
 
     async def allocate(self) -> Allocation:
         """Return an allocation; raise stun.TransactionFailed."""
+        for _ in range(ATTEMPTS - 1):
+            with contextlib.suppress(stun.TransactionTimeout):
+                return await self._allocate_once()
+        return await self._allocate_once()
+
+    async def _allocate_once(self) -> Allocation:
         transport = "udp"
         if self.tls:
             transport = "tcp"
