@@ -28,15 +28,23 @@ class AsyncConnectoid:
         self._runner = app.runner
 
     async def __aenter__(self) -> AsyncConnectoid:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Begin to poll and to connect, as Connectoid.start."""
         self.app.loop_thread.enter()
         try:
             await self._runner.start(self)
         except BaseException:
             self.app.loop_thread.stop()
             raise
-        return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def close(self) -> None:
+        """Disconnect all, let waiting messages go, and end, as Connectoid.close."""
         # One that is cancelled goes on all the same: calls of other threads still go to the loop.
         await self._runner.close()
         self.app.loop_thread.stop()
@@ -76,12 +84,14 @@ class AsyncConnectoid:
         """Open somebody's link, as Connectoid.open."""
         return self._runner.open(link, name)
 
-    async def connect(self, name: str) -> AsyncChannel:
+    async def connect(
+        self, name: str, timeout_s: float | None = None, *, anew: bool = True,
+    ) -> AsyncChannel:
         """Return a channel to a contact once it is there, as Connectoid.connect.
 
-        asyncio.timeout ends the wait.
+        asyncio.timeout ends the wait, too.
         """
-        return cast(AsyncChannel, await self._runner.connect(name))
+        return cast(AsyncChannel, await self._runner.connect(name, timeout_s, anew=anew))
 
     async def disconnect(self, name: str) -> None:
         """Close the connection to a contact, as Connectoid.disconnect."""
