@@ -32,7 +32,7 @@ except ImportError:
     raise ImportError("Relays need the package aiohttp: pip install 'connectoid[webrtc]'") from None
 
 from connectoid.errors import UsageError
-from connectoid.networks import is_private_host, is_public
+from connectoid.networks import NAME_IT, is_private_host, is_public
 from connectoid.relay_client import MAX_REPLY_BYTES, ON_BEHALF_OF, TransportError
 from connectoid.urls import origin_of
 
@@ -78,8 +78,7 @@ EXPIRED = 10
 # What TLS makes of octets that are none of it.
 NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
 PRIVATE = (
-    "it is on this machine or in a private network, and is no relay of yours; name it as one if "
-    "you trust it")
+    f"it is on this machine or in a private network, and is no relay of yours; {NAME_IT}")
 
 
 class Exchange:

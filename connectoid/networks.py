@@ -40,6 +40,10 @@ _IPV4_MASK = 0xFFFFFFFF
 
 _LOCAL_NAME = "localhost"
 
+# What a user can do about a relay there that somebody else has named. A program that has flags for
+# it says which.
+NAME_IT = "name it as one if you trust it"
+
 
 def is_private_host(host: str) -> bool:
     """Return whether a host of an Origin is of one's own machine or network, by itself.

@@ -19,28 +19,32 @@ from connectoid.cli.files import receive, send
 from connectoid.cli.inbox import MAX_BYTES
 from connectoid.cli.pairing import open_link, share
 from connectoid.cli.running import DEFAULT_STORE, ENVIRONMENT, EndedError
-from connectoid.cli.telling import Teller
+from connectoid.cli.telling import Teller, in_flags, telling_warnings
 from connectoid.ice import check_ice_servers, has_turn, load_ice_servers, parse_ice_servers
 
 # Each gets the arguments and returns the exit code.
 COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Teller], int], str]] = {
-    "share": (share, "print a link for a new contact, and wait until it is opened"),
-    "open": (open_link, "open a link that somebody has sent you"),
-    "contacts": (list_contacts, "list the contacts (also while another command runs)"),
+    "share": (share, "make a link for a new contact, and wait until it is opened"),
+    "open": (open_link, "open a link that somebody sent you"),
+    "contacts": (list_contacts, "list the contacts (works while another command runs)"),
     "verify": (
         verify,
-        "show the seven emoji to compare (also while another command runs); --same and --different"
-        " mark the outcome, when no other command uses the store",
+        "show the seven emoji to compare (works while another command runs), or record the outcome"
+        " with --same or --different (needs a store that no other command is using)",
     ),
-    "move": (move, "be reached by a contact through other relays from now on"),
-    "renew": (renew, "tell a contact a new key: it takes nothing more from copies of this store"),
-    "unshare": (unshare, "end the sharing with a contact"),
+    "move": (move, "have a contact reach you through other relays from now on"),
+    "renew": (
+        renew,
+        "give a contact a new key of yours, so that it accepts nothing more from copies of this"
+        " store",
+    ),
+    "unshare": (unshare, "stop sharing with a contact, who is told"),
     "chat": (chat, "chat with a contact, line by line"),
-    "send": (send, "send files to a contact who runs `receive`"),
-    "receive": (receive, "receive files from a contact who runs `send`"),
-    "export": (export, "write all contacts to a file, for another device"),
-    "import": (import_, "add the contacts of such a file"),
-    "doctor": (doctor, "look at relays and this network, and say what connects to what"),
+    "send": (send, "send files to a contact who is running `receive`"),
+    "receive": (receive, "receive files from a contact who is running `send`"),
+    "export": (export, "write all contacts to a file, to take them to another device"),
+    "import": (import_, "add the contacts from an exported file"),
+    "doctor": (doctor, "check relays and this network, and say what can connect to what"),
 }
 
 # These make a store where there is none. Those that only read find nobody in it.
@@ -91,19 +95,21 @@ SHARED: Mapping[str, dict[str, Any]] = {
         "action": "append",
         "metavar": "URL",
         "default": [],
-        "help": "a relay for new contacts and `move`, up to three (default: $CONNECTOID_RELAY)",
+        "help": "a relay for new contacts and for `move`; may be given three times"
+        " (default: $CONNECTOID_RELAY)",
     },
     "ext": {
         "metavar": "KEY",
         "default": ENVIRONMENT("CONNECTOID_EXT"),
-        "help": "what these relays want to see, such as an API key: each gets the same, so name"
-        " only relays that may know it; other users see flags ($CONNECTOID_EXT)",
+        "help": "what these relays ask for, such as an API key; all of them get the same, so name"
+        " only relays that may know it (default: $CONNECTOID_EXT, which other users of this"
+        " machine do not see)",
     },
     "send-ext": {
         "metavar": "KEY",
         "default": ENVIRONMENT("CONNECTOID_SEND_EXT"),
-        "help": "the half of that API key which only sends: links have it in place of --ext"
-        " ($CONNECTOID_SEND_EXT)",
+        "help": "the send-only half of that API key, which links carry instead of --ext"
+        " (default: $CONNECTOID_SEND_EXT)",
     },
     "store": {
         "metavar": "FILE",
@@ -112,44 +118,46 @@ SHARED: Mapping[str, dict[str, Any]] = {
     },
     "passphrase-file": {
         "metavar": "FILE",
-        "help": "a file with its passphrase (or $CONNECTOID_PASSPHRASE)",
+        "help": "a file with the passphrase of the store (or $CONNECTOID_PASSPHRASE)",
     },
     "ice-server": {
         "metavar": "URL",
         "type": ice_server_url,
         "action": "append",
         "default": [],
-        "help": "stun:HOST:PORT, beside the relays' own",
+        "help": "a STUN server, stun:HOST:PORT, in addition to those of the relays; may be"
+        " repeated",
     },
     "ice-servers": {
         "metavar": "FILE",
         "type": ice_servers_file,
         "default": [],
         "help": "a JSON file that only you can read, with a list of STUN and TURN servers:"
-        ' {"urls": "turn:HOST:PORT", "username": ..., "credential": ...}'
-        " (or the list in $CONNECTOID_ICE_SERVERS)",
+        ' [{"urls": "turn:HOST:PORT", "username": ..., "credential": ...}]'
+        " (or the same text in $CONNECTOID_ICE_SERVERS)",
     },
     "ca": {
         "metavar": "FILE",
-        "help": "certificates (PEM) to trust beside those of the system, which $SSL_CERT_FILE"
-        " replaces: that of a relay of your own",
+        "help": "certificates (PEM) to trust in addition to the system's, such as that of your own"
+        " relay ($SSL_CERT_FILE replaces the system's)",
     },
     "allow-http": {
         "action": "store_true",
-        "help": "use relays without https on other machines too",
+        "help": "also use relays on other machines without HTTPS",
     },
     "allow-private-relays": {
         "action": "store_true",
-        "help": "use relays on this machine and in private networks that others name, not you",
+        "help": "also use relays on this machine and in private networks that somebody else,"
+        " and not you, has named",
     },
     "timeout": {
         "type": seconds,
         "metavar": "SECONDS",
-        "help": "how long to wait for the other (default: for ever)",
+        "help": "how long to wait for the other side (default: for ever)",
     },
     "json": {
         "action": "store_true",
-        "help": "one JSON object a line on stdout",
+        "help": "print one JSON object per line on stdout",
     },
 }
 
@@ -178,39 +186,42 @@ def make_parser() -> argparse.ArgumentParser:
 def add_pairing_arguments(made: Mapping[str, argparse.ArgumentParser]) -> None:
     """Give `share`, `open`, `contacts` and `verify` what they alone take."""
     made["share"].add_argument(
-        "--app-url", default="connectoid:", metavar="URL", help="what the link begins with")
+        "--app-url", default="connectoid:", metavar="URL",
+        help="what the link begins with (default: %(default)s)")
     made["open"].add_argument(
         "link", metavar="LINK",
-        help="of this command's `share`, or one that names no app;"
+        help="a link from `share`, or one that names no app;"
         " - reads it from stdin, where no other user sees it")
-    made["open"].add_argument("--name", required=True, help="what to call the other")
-    made["open"].add_argument("--yes", action="store_true", help="do not ask before connecting")
+    made["open"].add_argument("--name", required=True, help="what to call the other person")
+    made["open"].add_argument("--yes", action="store_true", help="connect without asking first")
     made["contacts"].add_argument(
-        "--verbose", action="store_true", help="also what came for each contact and was refused")
+        "--verbose", action="store_true",
+        help="also say what did not count of what came for each contact, and why")
     made["doctor"].add_argument(
-        "--verbose", action="store_true", help="also how each server saw each local address")
+        "--verbose", action="store_true", help="also say how each server saw each local address")
     outcome = made["verify"].add_mutually_exclusive_group()
     outcome.add_argument(
-        "--same", dest="same", action="store_true", default=None, help="they are the same")
+        "--same", dest="same", action="store_true", default=None,
+        help="record that they are the same on both sides")
     outcome.add_argument(
-        "--different", dest="same", action="store_false", help="they are not")
+        "--different", dest="same", action="store_false", help="record that they are not")
 
 
 def add_file_arguments(made: Mapping[str, argparse.ArgumentParser]) -> None:
     """Give the commands that read or write files what they alone take."""
-    made["send"].add_argument("files", nargs="+", metavar="FILE")
+    made["send"].add_argument("files", nargs="+", metavar="FILE", help="a file to send")
     made["receive"].add_argument(
-        "--dir", default=".", help="where to put the files (default: here)")
+        "--dir", default=".", metavar="FOLDER", help="where to put the files (default: here)")
     made["receive"].add_argument(
-        "--yes", action="store_true", help="do not ask before each file")
+        "--yes", action="store_true", help="accept each file without asking first")
     made["receive"].add_argument(
         "--max-bytes", type=count, default=MAX_BYTES, metavar="BYTES",
-        help="of all files of this command (default: %(default)s, which is 4 GiB)")
+        help="take at most so many bytes in all (default: %(default)s, which is 4 GiB)")
     for name in ("export", "import"):
-        made[name].add_argument("file", metavar="FILE")
+        made[name].add_argument("file", metavar="FILE", help="of the export")
         made[name].add_argument(
             "--export-passphrase-file", metavar="FILE",
-            help="a file with the passphrase of the export (default: it is asked for)")
+            help="a file with the passphrase of the export (default: ask for it)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -239,7 +250,8 @@ def run(argv: Sequence[str] | None) -> int:
             arguments.ice_server += parse_ice_servers(
                 os.environ["CONNECTOID_ICE_SERVERS"], "$CONNECTOID_ICE_SERVERS")
         prepare_store(arguments)
-        return COMMANDS[arguments.command][0](arguments, teller)
+        with telling_warnings(teller):
+            return COMMANDS[arguments.command][0](arguments, teller)
     except KeyboardInterrupt:
         teller.interrupt()
         return 130
@@ -276,4 +288,4 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     # An EOFError has no text: no passphrase was typed.
-    return str(error) or "Nothing was typed."
+    return in_flags(str(error)) or "Nothing was typed."

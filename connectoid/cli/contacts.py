@@ -66,7 +66,8 @@ def list_contacts(arguments: argparse.Namespace, teller: Teller) -> int:
             "contact", "", result=shown,
             contact=record.name, state=record.state, why=record.why or None,
             verified=record.verified, differs=record.differs,
-            renewing=bool(record.old_signer), key_news=record.key_news or None,
+            renewing=bool(record.old_signer), moving=record.is_moving,
+            key_news=record.key_news or None,
             opened_twice=bool(record.used_to), refused=refusals)
     return 0
 
@@ -100,6 +101,8 @@ def row_of(record: ContactRecord) -> Row:
         state = connectoid.EVENTS[record.why]
     if record.old_signer:
         state += ", renewal not answered yet"
+    if record.is_moving:
+        state += ", move not answered yet"
     return Row(record.name, state, outcome_of(record), warning_of(record))
 
 
@@ -124,17 +127,18 @@ def outcome_of(record: ContactRecord) -> str:
 
 
 def verify(arguments: argparse.Namespace, teller: Teller) -> int:
-    """Show what to compare, and mark the outcome."""
+    """Show what to compare, or mark what has come of it."""
     record = find(read_contacts(arguments), arguments)
     if not record.comparison:
         why = connectoid.EVENTS.get(record.why)
         raise connectoid.UsageError(why or "There is nothing to compare: no answer yet.")
+    if arguments.same is not None:
+        mark(arguments, teller)
+        return 0
     teller.say(
         "compare", COMPARE, result=show_emoji(record),
         contact=record.name, emoji=emoji_of(record), verified=record.verified,
         differs=record.differs)
-    if arguments.same is not None:
-        mark(arguments, teller)
     return 0
 
 

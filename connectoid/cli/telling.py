@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from connectoid import EMOJI, ContactRecord, shown
+from connectoid.networks import NAME_IT
 
 PROGRESS_EVERY_S = 0.2
 # Of a file's name, so that it fits on a line with what is said of it.
@@ -18,6 +22,11 @@ EMOJI_IN_LINE = 4
 EMOJI_GAP = "   "
 
 COMPARE = "Compare these by voice, not in the chat that carried the link:"
+
+# What the library says of settings, in flags.
+IN_FLAGS: Mapping[str, str] = {
+    NAME_IT: "if you trust it, name it with --relay, or give --allow-private-relays",
+}
 
 
 class Teller:
@@ -43,6 +52,12 @@ class Teller:
                 print(words, file=sys.stderr, flush=True)
             if result is not None:
                 print(result, flush=True)
+
+    def warn(self, words: str) -> None:
+        """Say what went wrong outside, on stderr in any case."""
+        with self._lock:
+            self._end_line()
+            print(words, file=sys.stderr, flush=True)
 
     def remark(self, words: str) -> None:
         """Say what only people want to know."""
@@ -79,6 +94,37 @@ class Teller:
         if self._unfinished:
             print(file=sys.stderr)
             self._unfinished = False
+
+
+class WarningsToTeller(logging.Handler):
+    """Give a teller what the library warns of."""
+
+    def __init__(self, teller: Teller) -> None:
+        super().__init__(logging.WARNING)
+        self._teller = teller
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it, with the traceback if there is one."""
+        self._teller.warn(in_flags(self.format(record)))
+
+
+@contextlib.contextmanager
+def telling_warnings(teller: Teller) -> Iterator[None]:
+    """Have a teller say what the library warns of."""
+    log = logging.getLogger("connectoid")
+    handler = WarningsToTeller(teller)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def in_flags(words: str) -> str:
+    """Return what the library says, with the flags of the command line for its settings."""
+    for said, flags in IN_FLAGS.items():
+        words = words.replace(said, flags)
+    return words
 
 
 def emoji_of(record: ContactRecord) -> list[dict[str, str]]:

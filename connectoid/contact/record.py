@@ -137,6 +137,16 @@ class ContactRecord:
         boxes = {key for own in self.addresses for key in own.keys}
         return {self.private_key, self.old_private_key, *boxes} - {""}
 
+    @property
+    def is_moving(self) -> bool:
+        """Return whether the contact still has to hear of other relays than those it writes to.
+
+        Addresses that are replaced in time stay at their relays.
+        """
+        if self.pending is None or self.current is None:
+            return False
+        return _places(self.pending) != _places(self.current)
+
     def to_json(self) -> str:
         """Return the record as text."""
         # Not dataclasses.asdict: its deep copy costs as much as opening a message.
@@ -169,6 +179,11 @@ class ContactRecord:
         for own in self.addresses:
             if len(own.mailboxes) != len(own.keys):
                 raise ValueError
+
+
+def _places(own: OwnAddress) -> list[tuple[str, str | None]]:
+    """Return the relays of an address, each with its `ext`."""
+    return [(mailbox.url, mailbox.ext) for mailbox in own.mailboxes]
 
 
 def _address_to_json(own: OwnAddress) -> dict[str, Any]:

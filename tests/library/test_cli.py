@@ -6,6 +6,7 @@ import dataclasses
 import getpass
 import io
 import json
+import logging
 import os
 import stat
 import subprocess
@@ -25,6 +26,7 @@ from harness import LONG_DEADLINE_S
 
 import connectoid
 import connectoid.cli
+from connectoid import OwnAddress
 from connectoid.cli.inbox import ask_user
 from connectoid.encoding import encode_base64url
 
@@ -297,6 +299,47 @@ def test_cli_keeps_what_came_of_comparing(
     assert connectoid.cli.main(["contacts", "--json", *store]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {name: told[name] for name in marks} == marks
+
+
+def test_cli_that_marks_the_emoji_asks_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever gives the mark has compared: it is confirmed, and no emoji are shown."""
+    store = compared_store(tmp_path)
+    assert connectoid.cli.main(["verify", "Bob", "--same", *store]) == 0
+    assert capsys.readouterr() == ("", "Bob is marked as verified.\n")
+
+
+MOVED = make_record("Bob", "https://new.example.com/").invited
+STAYED = make_record("Bob", "https://relay.example.com/").invited
+
+
+@pytest.mark.parametrize(
+    ("pending", "is_moving"), [(MOVED, True), (STAYED, False), (None, False)],
+    ids=["moved", "rotated", "answered"])
+def test_cli_contacts_show_a_move_until_it_is_answered(
+    pending: OwnAddress | None, is_moving: bool, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An address that is replaced in time stays at its relay, and is no move."""
+    current = make_record("Bob", "https://relay.example.com/").invited
+    store = compared_store(tmp_path, state="paired", current=current, pending=pending)
+    assert connectoid.cli.main(["contacts", *store]) == 0
+    assert ("shared, move not answered yet" in capsys.readouterr().out) is is_moving
+    assert connectoid.cli.main(["contacts", "--json", *store]) == 0
+    assert json.loads(capsys.readouterr().out)["moving"] is is_moving
+
+
+def test_cli_names_the_flags_for_a_private_relay_of_somebody_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the warning, and in the error at the end."""
+    link = connectoid.make_link(APP_URL, make_record("Bob", NOWHERE).invitation)
+    argv = ["open", link, "--name", "Alice", "--yes", "--store", str(tmp_path / "s.db")]
+    assert connectoid.cli.main([*argv, "--timeout", "0.5"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("name it with --relay, or give --allow-private-relays") == 2
+    assert not logging.getLogger("connectoid").handlers
 
 
 def test_cli_contacts_warn_no_more_once_compared(
