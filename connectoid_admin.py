@@ -1476,7 +1476,7 @@ class _Commands:
             "--db", metavar="FILE", help="the relay's database (default: as its flags say, else"
                                          " connectoid.db, in $STATE_DIRECTORY if set)")
         self._common.add_argument(
-            "--env", metavar="FILE", help="has the relay's flags in FLAGS= (default:"
+            "--env", metavar="FILE", help="a file with the relay's flags in FLAGS= (default:"
                                           f" {ENVIRONMENT_FILE}, if it is there)")
         self._common.add_argument(
             "--flags", metavar="TEXT", help="the relay's flags themselves, in one argument")
@@ -1494,22 +1494,23 @@ class _Commands:
 
 def _add_check(commands: _Commands) -> None:
     command = commands.add(
-        "check", _check, "look whether all is well: OK, WARN or FAIL a line; 1 if something failed")
+        "check", _check,
+        "check whether all is well, in lines of OK, WARN or FAIL; exit code 1 if something failed")
     command.add_argument(
-        "--url", type=_address, help="the address that others use, to try it too")
-    command.add_argument("-q", "--quiet", action="store_true", help="leave out what is OK")
+        "--url", type=_address, help="the address that others use, to check that as well")
+    command.add_argument("-q", "--quiet", action="store_true", help="print only what is not OK")
 
 
 def _add_backup(commands: _Commands) -> None:
     command = commands.add(
         "backup", _back_up, "copy the file, as it is at this moment, while the relay runs")
     command.add_argument(
-        "target", metavar="FILE", help="the copy, which must not be there yet; or a folder for it")
+        "target", metavar="FILE", help="where the copy goes: a new file, or a folder")
     command.add_argument(
         "--without-messages", action="store_true",
-        help="leave out what is gone after an hour anyway; for copies that are kept longer")
+        help="leave messages out, which expire after an hour anyway")
     command.add_argument(
-        "-q", "--quiet", action="store_true", help="say nothing but what went wrong")
+        "-q", "--quiet", action="store_true", help="print only what went wrong")
 
 
 def _add_restore(commands: _Commands) -> None:
@@ -1522,18 +1523,18 @@ def _add_restore(commands: _Commands) -> None:
 def _add_stats(commands: _Commands) -> None:
     command = commands.add(
         "stats", _stats, "count what is stored, and what the running relay has done")
-    command.add_argument("--json", action="store_true", help="for programs")
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument(
         "--url", type=_address, help="where the relay is (default: on this machine, by its flags)")
     command.add_argument(
         "--over", metavar="N", type=_seconds, default=0,
-        help="also the rates in the next N seconds")
+        help="also measure the rates over the next N seconds")
 
 
 def _add_delete(commands: _Commands) -> None:
     command = commands.add("delete", _delete, "delete all that is kept of a mailbox, for good")
     command.add_argument(
-        "box", metavar="PUB", type=_mailbox, help="the mailbox, as it stands in requests")
+        "box", metavar="PUB", type=_mailbox, help="the mailbox, as requests name it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

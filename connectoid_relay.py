@@ -5099,7 +5099,9 @@ def build_parser(prog: str = "connectoid_relay.py") -> argparse.ArgumentParser:
 def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the sockets and of the database."""
     parser.add_argument(
-        "--host", default="", help="address to listen on (default: all, IPv6 and IPv4)")
+        "--host", default="",
+        help="address to listen on; 127.0.0.1 serves this machine alone (default: all, IPv6"
+        " and IPv4)")
     parser.add_argument(
         "--port", type=_whole_number(0, 65535), default=8080,
         help="port; 0 = any free one (default: 8080)")
@@ -5120,7 +5122,7 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         help=f"a TURN server for clients: turn:HOST:PORT; may be given {MAX_TURN_URLS} times")
     parser.add_argument(
         "--turn-secret", metavar="FILE",
-        help="the secret that these servers know too *")
+        help="a file with the secret that these servers share *")
     parser.add_argument(
         "--tls-cert", metavar="FILE", help="speak HTTPS with this chain of certificates (PEM) *")
     parser.add_argument(
@@ -5131,10 +5133,11 @@ def _add_access_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say whom the host lets in."""
     parser.add_argument("--keys", metavar="FILE", help="API keys and their quotas (TOML) *")
     parser.add_argument(
-        "--deny", metavar="FILE", help="addresses, networks and mailboxes to refuse, one a line *")
+        "--deny", metavar="FILE",
+        help="addresses, networks and mailboxes to refuse, one per line *")
     parser.add_argument(
         "--trusted-proxy", metavar="CIDR", type=_network, action="append", default=[],
-        help="believe X-Forwarded-For from there; may be repeated")
+        help="a proxy whose X-Forwarded-For is believed; may be repeated")
 
 
 def _add_about_flags(parser: argparse.ArgumentParser) -> None:
@@ -5149,7 +5152,8 @@ def _add_about_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--price-url", metavar="URL", type=_web_address,
         help="the page that says what the relay costs")
-    parser.add_argument("--log-ips", action="store_true", help="name sources in the log")
+    parser.add_argument(
+        "--log-ips", action="store_true", help="name the addresses of clients in the log")
 
 
 def raise_file_limit(max_connections: int) -> None:
