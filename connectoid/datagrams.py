@@ -2,30 +2,50 @@
 
 aioice learns an address from each STUN check of one who knows the password, and sends seven checks
 of its own there, and again when another check comes from it. So a contact with addresses of others
-could have datagrams sent to as many as they like. And aioice takes all datagrams that are no STUN,
-whoever sends them: until a path is found it keeps them, and later one that is empty, or like SRTP,
-ends the connection by an error that aiortc does not expect.
+could have datagrams sent to as many as they like.
+
+And it takes all datagrams that are no STUN, whoever sends them. One that is empty, or like SRTP,
+ends the connection by an error that aiortc does not expect. One alert without encryption, sent
+before a path is found, kept it from opening. So what is for DTLS counts once a path is found, and
+from an address of the other.
+
+aiortc reads one record of DTLS for each datagram. The others that it brings would stay in OpenSSL,
+and be more and more. So each record is given to it like a datagram of its own.
 
 aioice has no setting for it. Another version may have other names: then nothing is bounded here.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from struct import unpack_from
 from typing import Any, TypeAlias
 
 from connectoid.limits import MAX_CANDIDATES
 
-# For DTLS, which begins when a path is found: a few come before. Later each is taken at once.
-MAX_QUEUED_DATAGRAMS = 256
+# Records of DTLS for aiortc. It takes each at once, as long as there is a connection.
+MAX_QUEUED_RECORDS = 256
+
+# Of a datagram for DTLS: those of Ethernet. Nobody sends larger ones, which IP would have to cut
+# up. aiortc reads as many of a record, and sends as many at once.
+MAX_DATAGRAM_BYTES = 1_500
 
 # The first octet of what is for DTLS (RFC 7983, section 7). A data channel has nothing else.
 DTLS = range(20, 64)
+# That of a STUN message is below.
+STUN = range(4)
+
+# The first octet of a record whose header has 13 bytes, the length of the rest last: RFC 6347,
+# section 4.1. Those of DTLS 1.3 may have no length.
+RECORD = range(20, 32)
+RECORD_HEADER_BYTES = 13
 
 Address: TypeAlias = tuple[str, int]
 
 NEEDED = (
-    "request_received", "check_incoming", "data_received", "_find_pair", "_nominated", "_queue",
-    "_remote_candidates")
+    "request_received", "check_incoming", "data_received", "get_component_candidates", "_find_pair",
+    "_nominated", "_protocols", "_queue", "_remote_candidates")
 
 
 class DatagramBound:
@@ -35,7 +55,8 @@ class DatagramBound:
         self._connection = connection
         self._take_request = connection.request_received
         self._take_check = connection.check_incoming
-        self._take_datagram = connection.data_received
+        self._take_record = connection.data_received
+        self._gather = connection.get_component_candidates
 
     def request_received(self, message: Any, address: Address, protocol: Any) -> None:
         """Answer a check, unless it is of no use."""
@@ -47,11 +68,37 @@ class DatagramBound:
         if self._is_of_use(address, protocol):
             self._take_check(message, address, protocol)
 
+    async def get_component_candidates(self, *args: Any, **kwargs: Any) -> Any:
+        """Gather, and listen to all sockets that were opened for it. No path is found before."""
+        candidates = await self._gather(*args, **kwargs)
+        for protocol in self._connection._protocols:
+            protocol.datagram_received = functools.partial(
+                self.datagram_received, protocol.datagram_received)
+        return candidates
+
+    def datagram_received(
+        self, take: Callable[[bytes, Address], None], datagram: bytes, address: tuple[Any, ...],
+    ) -> None:
+        """Give STUN to aioice, which looks for a password in it, and all else of the other."""
+        # That of IPv6 has two more members.
+        source = (address[0], address[1])
+        if datagram and (datagram[0] in STUN or self._is_of_other(source)):
+            take(datagram, source)
+
     def data_received(self, datagram: bytes, component: int) -> None:
-        """Keep a datagram for DTLS, and no other. What is lost comes again."""
-        is_for_dtls = bool(datagram) and datagram[0] in DTLS
-        if is_for_dtls and self._connection._queue.qsize() < MAX_QUEUED_DATAGRAMS:
-            self._take_datagram(datagram, component)
+        """Keep the records for DTLS of a datagram, and nothing else. What is lost comes again."""
+        if not self._connection._nominated or len(datagram) > MAX_DATAGRAM_BYTES:
+            return
+        for record in records_of(datagram):
+            has_room = self._connection._queue.qsize() < MAX_QUEUED_RECORDS
+            if record[0] in DTLS and has_room:
+                self._take_record(record, component)
+
+    def _is_of_other(self, source: Address) -> bool:
+        """Return whether the other end has told an address, or made a check from there."""
+        return any(
+            (candidate._network_host, candidate.port) == source
+            for candidate in self._connection._remote_candidates)
 
     def _is_of_use(self, address: Address, protocol: Any) -> bool:
         """Return whether a check may begin another one.
@@ -69,10 +116,27 @@ class DatagramBound:
         return not is_connected and len(known) < MAX_CANDIDATES
 
 
+def records_of(datagram: bytes) -> Iterator[bytes]:
+    """Yield the records of DTLS in a datagram; the last may be cut off, which OpenSSL drops."""
+    if datagram and datagram[0] not in RECORD:
+        yield datagram
+        return
+    at = 0
+    while at + RECORD_HEADER_BYTES <= len(datagram):
+        (length,) = unpack_from("!H", datagram, at + RECORD_HEADER_BYTES - 2)
+        end = at + RECORD_HEADER_BYTES + length
+        yield datagram[at:end]
+        at = end
+
+
 def bound_datagrams(connection: Any) -> None:
-    """Have a connection of aioice learn few addresses, and keep few datagrams."""
+    """Have a connection of aioice learn few addresses, and keep few datagrams.
+
+    Whoever replaces its way of gathering does so before.
+    """
     if all(hasattr(connection, name) for name in NEEDED):
         bound = DatagramBound(connection)
         connection.request_received = bound.request_received
         connection.check_incoming = bound.check_incoming
         connection.data_received = bound.data_received
+        connection.get_component_candidates = bound.get_component_candidates

@@ -260,10 +260,10 @@ class AiortcAdapter:
         guard_sctp(sctp, refuse)
         bound_association(sctp, refuse, may_open=peer.channel is None)
         connection = sctp.transport.transport._connection
-        bound_datagrams(connection)
         warn = functools.partial(report, "trouble", peer.attempt_id)
         gather_in_time(
             connection, _usable(ice.servers, warn), warn, relay_only=ice.relay_only)
+        bound_datagrams(connection)
         peer.consent = keep_consent(
             connection, functools.partial(report, "silent", peer.attempt_id, None))
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
+from struct import pack
 from typing import Any
 
 import pytest
+from two_ends import TwoEnds, run_two_ends
 
-from connectoid.datagrams import MAX_QUEUED_DATAGRAMS, NEEDED, bound_datagrams
+from connectoid.datagrams import (
+    MAX_DATAGRAM_BYTES,
+    MAX_QUEUED_RECORDS,
+    NEEDED,
+    bound_datagrams,
+)
 from connectoid.limits import MAX_CANDIDATES
 
 ice = pytest.importorskip("aioice.ice")
@@ -16,6 +24,13 @@ stun = pytest.importorskip("aioice.stun")
 candidates = pytest.importorskip("aioice.candidate")
 
 ALICE = ("192.0.2.1", 40_000)
+# A fatal alert without encryption.
+ALERT = b"\x15\xfe\xfd" + bytes(9) + b"\x02\x02\x28"
+
+
+def record(length: int = 0, kind: int = 0x16) -> bytes:
+    """Return a record of DTLS with so many bytes after its header."""
+    return pack("!B10xH", kind, length) + bytes(length)
 
 
 def candidate_at(address: tuple[str, int]) -> Any:
@@ -31,6 +46,11 @@ class FakeProtocol:
         self.local_candidate = candidate_at(ALICE)
         self.answered: list[tuple[str, int]] = []
         self.asked: list[tuple[str, int]] = []
+        self.heard: list[bytes] = []
+
+    def datagram_received(self, datagram: bytes, _address: tuple[str, int]) -> None:
+        """Note what comes through."""
+        self.heard.append(datagram)
 
     def send_stun(self, _message: Any, address: tuple[str, int]) -> None:
         """Note the answer to a check."""
@@ -66,6 +86,13 @@ class Alice:
         self.connection.request_received(message, ("192.0.2.2", port), self.protocol)
         for _ in range(3):
             await asyncio.sleep(0)
+
+    def take(self, *datagrams: bytes) -> list[bytes]:
+        """Have datagrams come that are no STUN; return what aiortc will read."""
+        for datagram in datagrams:
+            self.connection.data_received(datagram, 1)
+        queue = self.connection._queue
+        return [queue.get_nowait()[0] for _ in range(queue.qsize())]
 
     def nominate(self, port: int) -> None:
         """Find a path."""
@@ -142,28 +169,117 @@ def test_path_in_use_is_answered() -> None:
     assert run(play).protocol.answered == [("192.0.2.2", 2), ("192.0.2.2", 3)]
 
 
-@pytest.mark.parametrize("more", [-1, 0, 1])
-def test_datagrams_that_wait_for_a_path_are_bounded(more: int) -> None:
-    """Anybody can send them, without a password."""
+def test_alert_that_comes_before_a_path_is_found_is_not_kept() -> None:
+    """Anybody can send it, without a password, and the handshake would end with it."""
 
     async def play(alice: Alice) -> None:
-        for _ in range(MAX_QUEUED_DATAGRAMS + more):
-            alice.connection.data_received(b"\x16", 1)
+        assert alice.take(ALERT) == []
+        alice.nominate(2)
+        assert alice.take(ALERT) == [ALERT]
 
-    assert run(play).connection._queue.qsize() == MAX_QUEUED_DATAGRAMS + min(more, 0)
+    run(play)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_stranger_with_an_alert_keeps_no_connection_from_opening(when: str) -> None:
+    """Before the other end is known, and before a path is found."""
+
+    def alert(sockets: Any) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            for protocol in sockets:
+                candidate = protocol.local_candidate
+                if "." in candidate.host:
+                    stranger.sendto(ALERT, (candidate.host, candidate.port))
+
+    async def play(ends: TwoEnds) -> None:
+        answer = await ends.gather()
+        sockets = [
+            protocol for end in (ends.alice, ends.mallory)
+            for protocol in end.sctp.transport.transport._connection._protocols]
+        if when == "before":
+            alert(sockets)
+            await ends.open(answer)
+            return
+        opening = asyncio.create_task(ends.open(answer))
+        while not opening.done():
+            alert(sockets)
+            await asyncio.sleep(0)
+        await opening
+
+    run_two_ends(play, is_open=False)
+
+
+@pytest.mark.parametrize("source", [("192.0.2.2", 9, 0, 0), ("192.0.2.9", 2)], ids=str)
+def test_what_is_no_stun_is_taken_from_addresses_of_the_other_alone(source: Any) -> None:
+    """Those of the SDP, and those that checks came from."""
+
+    async def play(alice: Alice) -> None:
+        alice.connection._protocols.append(alice.protocol)
+        await alice.connection.get_component_candidates(1, [])
+        hear = alice.protocol.datagram_received
+        await alice.connection.add_remote_candidate(candidate_at(("192.0.2.2", 1)))
+        await alice.hear(2)
+        # A STUN message is for aioice, whoever sends it: it looks for a password.
+        for octets in (ALERT, b"", b"\x80", b"\x04", b"\x03", b"\x00"):
+            hear(octets, source)
+        assert alice.protocol.heard == [b"\x03", b"\x00"]
+        for port in (1, 2):
+            hear(ALERT, ("192.0.2.2", port))
+        assert alice.protocol.heard[2:] == [ALERT, ALERT]
+
+    run(play)
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_records_that_nobody_reads_are_bounded(more: int) -> None:
+    async def play(alice: Alice) -> None:
+        alice.nominate(2)
+        count = MAX_QUEUED_RECORDS + more
+        assert alice.take(*[record()] * count) == [record()] * min(count, MAX_QUEUED_RECORDS)
+
+    run(play)
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_datagram_that_is_longer_than_any_is_not_taken(more: int) -> None:
+    async def play(alice: Alice) -> None:
+        alice.nominate(2)
+        datagram = record(MAX_DATAGRAM_BYTES + more - len(record()))
+        assert alice.take(datagram) == [datagram] * (more <= 0)
+
+    run(play)
+
+
+def test_records_of_one_datagram_are_given_to_aiortc_one_by_one() -> None:
+    """It reads one for each datagram: the others would stay in OpenSSL for ever."""
+
+    async def play(alice: Alice) -> None:
+        alice.nominate(2)
+        records = [record(length) for length in (0, 3, 60)]
+        assert alice.take(b"".join(records)) == records
+        # What is cut off is OpenSSL's to judge, and what has no header is nothing.
+        assert alice.take(record(3)[:-1]) == [record(3)[:-1]]
+        assert alice.take(record(3) + record()[:-1]) == [record(3)]
+        # What would end the connection may not hide behind another record.
+        assert alice.take(record(3) + record(1_400, kind=0x80) + record()) == [record(3), record()]
+        # Records of DTLS 1.3 need no length.
+        assert alice.take(b"\x2c" + bytes(40)) == [b"\x2c" + bytes(40)]
+
+    run(play)
 
 
 @pytest.mark.parametrize(
     ("datagram", "is_taken"),
-    [(b"", False), (b"\x13", False), (b"\x14", True), (b"\x3f", True), (b"\x40", False),
-     (b"\x80" * 1501, False)])
+    [(b"", False), (record(kind=0x13), False), (record(kind=0x14), True), (b"\x3f", True),
+     (b"\x40", False), (b"\x80" * 1501, False)])
 def test_only_what_is_for_dtls_is_taken(datagram: bytes, *, is_taken: bool) -> None:
     """By anything else, whoever sends it, aiortc would end the connection."""
 
     async def play(alice: Alice) -> None:
-        alice.connection.data_received(datagram, 1)
+        alice.nominate(2)
+        assert alice.take(datagram) == [datagram] * is_taken
 
-    assert run(play).connection._queue.qsize() == is_taken
+    run(play)
 
 
 def test_aioice_has_all_that_is_bounded() -> None:
