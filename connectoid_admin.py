@@ -76,6 +76,7 @@ from connectoid_relay import (
     checkpoint,
     counted_bytes,
     encode_base64url,
+    parse_json,
     read_box,
     read_settings,
 )
@@ -1162,8 +1163,8 @@ def check_programs(_subject: Subject) -> Iterator[Finding]:
 
 def _document(answer: Answer) -> dict[str, Any]:
     try:
-        document = json.loads(answer.body)
-    except ValueError:
+        document = parse_json(answer.body)
+    except Refusal:
         return {}
     if isinstance(document, dict):
         return document

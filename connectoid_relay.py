@@ -102,6 +102,8 @@ log = logging.getLogger("connectoid_relay")
 MAX_DATA_CHARS = 32_768
 # Of `ext`, in code points: room for a token, none for a file.
 MAX_EXT_CHARS = 1_024
+# Of arrays and objects in each other (PROTOCOL.md, "Conventions"): no request has more than two.
+MAX_JSON_LEVELS = 100
 # Of a body that is parsed between two turns of the loop: in 0.1 ms.
 MAX_INLINE_BYTES = 4_096
 # Checks in one request: an app with 50 contacts has up to 200 mailboxes.
@@ -373,10 +375,32 @@ def _refuse_constant(name: str) -> float:
 JSON_SPACE = " \t\r\n"
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_NO_BRACKETS = bytes(octet for octet in range(256) if octet not in b"[]{}")
+_NO_MARKS = bytes(octet for octet in _NO_BRACKETS if octet not in b'"\\')
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+
+
+def is_deep(body: bytes) -> bool:
+    """Return whether JSON has more than MAX_JSON_LEVELS, in one look from one end to the other.
+
+    A parser follows each level on the stack, and a thread may have little of it: a look comes
+    before.
+    """
+    if body.count(b"[") + body.count(b"{") <= MAX_JSON_LEVELS:
+        return False
+    # Most strings have none of the marks: then nothing but their two quotes is left of them.
+    marks = body.translate(None, _NO_MARKS).replace(b'""', b"")
+    if b'"' in marks or b"\\" in marks:
+        marks = _STRING.sub(b"", body).translate(None, _NO_BRACKETS)
+    levels = itertools.accumulate(map(_STEPS.__getitem__, marks))
+    return max(levels, default=0) > MAX_JSON_LEVELS
 
 
 def parse_json(body: bytes) -> object:
     """Return the JSON value of a body; raise Refusal (Bad request) if there is none."""
+    if is_deep(body):
+        raise Refusal(BAD_REQUEST, f"The body has over {MAX_JSON_LEVELS} levels of nesting.")
     try:
         text = body.decode("utf-8").strip(JSON_SPACE)
         request: object
@@ -385,7 +409,7 @@ def parse_json(body: bytes) -> object:
             raise ValueError("more than one value")
         if _SURROGATE_ESCAPE.search(body):
             _refuse_lone_surrogates(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise Refusal(BAD_REQUEST, "The body is not JSON in UTF-8.") from None
     return request
 

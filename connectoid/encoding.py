@@ -6,10 +6,13 @@ Pure functions that return the value or raise Refused. PROTOCOL.md, "Conventions
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
+from typing import Any
 
 from connectoid.errors import Refused
+from connectoid.limits import MAX_JSON_LEVELS
 
 # A compressed point of P-384: 49 bytes that begin with 2 or 3.
 PUB_FORM = re.compile(r"A[g-z0-9_-][A-Za-z0-9_-]{63}[AQgw]")
@@ -55,13 +58,40 @@ def decode_text(text: str) -> str:
         raise Refused("encoding", "not UTF-8") from None
 
 
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_NO_BRACKETS = re.compile(r"[^][{}]+")
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
+
+
+def is_deep(text: str) -> bool:
+    """Return whether JSON has more than MAX_JSON_LEVELS, in one look from one end to the other.
+
+    A parser follows each level on the stack, and a thread may have little of it: a look comes
+    before.
+    """
+    if text.count("[") + text.count("{") <= MAX_JSON_LEVELS:
+        return False
+    brackets = _NO_BRACKETS.sub("", _STRING.sub("", text))
+    return max(itertools.accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_JSON_LEVELS
+
+
+def load_json(text: str) -> Any:
+    """Return the value of JSON, as json.loads does; raise ValueError, also for too many levels."""
+    if is_deep(text):
+        raise ValueError(f"over {MAX_JSON_LEVELS} levels of nesting")
+    return json.loads(text)
+
+
 def parse_json(octets: bytes) -> object:
     """Return the value of JSON in UTF-8; raise Refused (payload)."""
     try:
-        value: object = json.loads(octets.decode("utf-8"), parse_constant=_refuse_constant)
+        text = octets.decode("utf-8")
+        if is_deep(text):
+            raise ValueError(f"over {MAX_JSON_LEVELS} levels of nesting")
+        value: object = json.loads(text, parse_constant=_refuse_constant)
         # A lone surrogate is no text.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError):
+    except ValueError:
         raise Refused("payload", "not JSON in UTF-8") from None
     return value
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from connectoid.contact import ContactRecord
+from connectoid.encoding import load_json
 from connectoid.errors import UsageError
 from connectoid.turn import TurnServer
 
@@ -111,8 +112,8 @@ def load_ice_servers(path: str | Path) -> list[Any]:
 def parse_ice_servers(text: str, source: str) -> list[Any]:
     """Return the ICE servers in JSON; raise UsageError, which names the source."""
     try:
-        servers = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        servers = load_json(text)
+    except ValueError as error:
         place = ""
         if isinstance(error, json.JSONDecodeError):
             place = f", line {error.lineno}, column {error.colno}"

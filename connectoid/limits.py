@@ -8,6 +8,9 @@ from __future__ import annotations
 
 # -- Fixed by PROTOCOL.md ----------------------------------------------------------------
 
+# Levels of JSON: arrays and objects in each other. No message has more than three.
+MAX_JSON_LEVELS = 100
+
 # Mailboxes in an address. Each costs the other a seal and a request for every message.
 MAX_MAILBOXES = 3
 

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from connectoid.contact import ContactRecord
+from connectoid.encoding import load_json
 from connectoid.errors import REASONS, ConnectoidError
 from connectoid.suite import CONTEXTS
 
@@ -138,7 +139,7 @@ class Store:
             raise self._unreadable(error) from None
         for number, sealed in rows:
             with contextlib.suppress(InvalidTag, ValueError, TypeError, AttributeError):
-                counts = json.loads(self._open_octets(f"refusals {number}", sealed))
+                counts = load_json(self._open_octets(f"refusals {number}", sealed).decode("utf-8"))
                 known = REASONS.keys() & counts.keys()
                 found[number] = {reason: int(counts[reason]) for reason in known}
         return found
@@ -337,7 +338,7 @@ def _open_export(exported: bytes, passphrase: str) -> list[ContactRecord]:
     rest = exported[len(EXPORT_MARK) :]
     cipher = _make_cipher(passphrase, rest[:SALT_BYTES])
     try:
-        texts = json.loads(_decrypt(cipher, rest[SALT_BYTES:], b"export"))
+        texts = load_json(_decrypt(cipher, rest[SALT_BYTES:], b"export").decode("utf-8"))
     except (InvalidTag, ValueError):
         raise StoreError("The export is damaged, or this is not its passphrase.") from None
     return [ContactRecord.from_json(text) for text in texts]

@@ -7,6 +7,7 @@
  */
 
 import { Refused } from "./errors.js";
+import { MAX_JSON_LEVELS } from "./limits.js";
 
 /** @typedef {Uint8Array<ArrayBuffer>} Bytes */
 
@@ -105,6 +106,24 @@ export function checkText(value) {
   if (isText && /\p{Surrogate}/u.test(value)) throw new RangeError("a lone surrogate");
 }
 
+const STRING = /"[^"\\]*(?:\\[^][^"\\]*)*"?/g;
+const NO_BRACKETS = /[^\][{}]+/g;
+
+/**
+ * Say whether JSON has more than MAX_JSON_LEVELS, in one look from one end to the other.
+ * What reads it may follow each level on the stack: a look comes before.
+ * @param {string} text
+ */
+export function isDeep(text) {
+  const brackets = text.replace(STRING, "").replace(NO_BRACKETS, "");
+  let levels = 0;
+  for (const bracket of brackets) {
+    levels += "[{".includes(bracket) ? 1 : -1;
+    if (levels > MAX_JSON_LEVELS) return true;
+  }
+  return false;
+}
+
 /**
  * Return a value from JSON in UTF-8; throw Refused (payload).
  * @param {BufferSource} octets
@@ -112,7 +131,9 @@ export function checkText(value) {
  */
 export function parseJson(octets) {
   try {
-    return JSON.parse(fromUtf8(octets), (name, value) => {
+    const text = fromUtf8(octets);
+    if (isDeep(text)) throw new RangeError("too many levels");
+    return JSON.parse(text, (name, value) => {
       checkText(name);
       checkText(value);
       return value;

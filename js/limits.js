@@ -9,6 +9,8 @@
 
 // -- Forms -------------------------------------------------------------------------------
 
+// Of JSON: arrays and objects in each other. No message has more than three.
+export const MAX_JSON_LEVELS = 100;
 // In an address. Each costs the other side a seal and a request for every message.
 export const MAX_MAILBOXES = 3;
 // Of a mailbox's `ext`, in code points, as relays count it.

@@ -92,6 +92,11 @@ BAD_KEYS = [
     b64(b"\4" + unb64(ALICE.pub)[1:]),
 ]
 
+def nested(levels: int, before: bytes = b"") -> bytes:
+    """Return arrays in each other, each with something before the next."""
+    return (b"[" + before) * levels + b"0" + b"]" * levels
+
+
 BAD_SDP: list[Any] = [
     GONE,
     "v=0",
@@ -196,6 +201,8 @@ GOOD_MEMBERS: Sequence[tuple[str, str, Any]] = (
     ),
     ("used", "versions", 5),
     ("call", "versions", []),
+    ("call", "levels", json.loads(nested(99))),
+    ("call", "levels", '["' * 200),
     ("call", "connectoid", "no address: that is looked at later"),
     ("call", "to", ""),
 )
@@ -235,6 +242,10 @@ def raw_payloads() -> Iterator[tuple[str, bytes]]:
     yield "a comma too many", good[:-1] + b",}"
     yield "a comment", good + b"/**/"
     yield "a control character", good[:-1] + b',"x":"\n"}'
+    # The payload is a level itself.
+    yield "101 levels", good[:-1] + b',"x":' + nested(100) + b"}"
+    closed = nested(100, b'"]",')
+    yield "101 levels that strings seem to close", good[:-1] + b',"x":' + closed + b"}"
     yield "members in __proto__ alone", b'{"__proto__":' + good + b"}"
 
 

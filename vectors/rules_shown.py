@@ -155,6 +155,8 @@ BY_NAME: Mapping[str, Mapping[str, str]] = {
         "an escaped lone surrogate": "READ-10 CONV-2",
         "NaN": "READ-10 CONV-2",
         "Infinity": "READ-10 CONV-2",
+        "call, levels *": "CONV-3",
+        "101 levels*": "READ-10 CONV-3",
     },
     "sdp": {
         "*_offer": "SDP-4 SDP-5 SDP-6 SDP-7 SDP-8",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from connectoid import ConnectoidError, shown
+from connectoid.encoding import load_json
 
 NOT_UNDERSTOOD = "The other side sent what this program does not understand."
 
@@ -48,10 +49,10 @@ def greet(channel: MessageChannel, hello: Mapping[str, Any], name: str) -> dict[
 def read_control(message: bytes | str) -> dict[str, Any]:
     """Return a control message; raise TransferError for anything else."""
     try:
-        control = json.loads(message)
-    except (ValueError, RecursionError):
+        control = load_json(message) if isinstance(message, str) else None
+    except ValueError:
         control = None
-    if isinstance(message, bytes) or not isinstance(control, dict):
+    if not isinstance(control, dict):
         raise TransferError(NOT_UNDERSTOOD)
     return control
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from connectoid.contact.rules import NUMBERED_FOR, PAIRING_STATES
+from connectoid.encoding import load_json
 from connectoid.errors import RecordError, Refused
 from connectoid.links import Mailbox, parse_address
 
@@ -157,12 +158,12 @@ class ContactRecord:
     def from_json(cls, text: str) -> ContactRecord:
         """Return the record in a text; raise RecordError."""
         try:
-            members = json.loads(text)
+            members = load_json(text)
             if members.pop("version") != RECORD_VERSION:
                 raise RecordError("A saved contact is of another version of Connectoid.")
             record = cls(**_members_from_json(members))
             record._check()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, Refused):
+        except (ValueError, TypeError, KeyError, AttributeError, Refused):
             raise RecordError("A saved contact is damaged.") from None
         return record
 

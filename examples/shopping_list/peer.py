@@ -43,6 +43,7 @@ from connectoid import (
     load_ice_servers,
     shown,
 )
+from connectoid.encoding import load_json
 
 # ---------------------------------------------------------------------------------------
 # Limits: those of model.js and sync.js.
@@ -164,8 +165,8 @@ def read_message(text: bytes | str) -> Record | None:
     """Return a message that came, None for a type of later versions; raise ValueError."""
     must(isinstance(text, str) and len(text) <= MAX_MESSAGE_CHARS)
     try:
-        message = json.loads(text)
-    except (ValueError, RecursionError):
+        message = load_json(str(text))
+    except ValueError:
         raise ValueError("This is not JSON.") from None
     must(isinstance(message, dict) and isinstance(message.get("type"), str))
     kind = message["type"]

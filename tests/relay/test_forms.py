@@ -31,7 +31,8 @@ from harness import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from connectoid_relay import Relay, Reply, answer_datagram
+from connectoid.encoding import is_deep as is_deep_for_apps
+from connectoid_relay import MAX_JSON_LEVELS, Relay, Reply, answer_datagram, is_deep
 
 # Forms
 
@@ -258,3 +259,34 @@ def test_handle_answers_any_json_value(make: Make, request_: object) -> None:
 def test_datagram_of_any_octets_gets_a_shorter_reply_or_none(make: Make, octets: bytes) -> None:
     reply = answer_datagram(make(rate=0), octets)
     assert reply is None or (len(reply) <= len(octets) and json.loads(reply)["found"] is False)
+
+
+# Levels of nesting
+
+PIECES = st.sampled_from(
+    ["[", "{", "]", "}", '"', "\\", '\\"', '"]"', '"["', "é", "a", "[" * 99, "]" * 50, '["\\"]",'])
+
+
+def levels_in(text: str) -> int:
+    """Return the levels of JSON, read character by character."""
+    most = levels = 0
+    within = escaped = False
+    for character in text:
+        if within:
+            ends = character == '"' and not escaped
+            escaped = character == "\\" and not escaped
+            within = not ends
+        elif character == '"':
+            within = True
+        elif character in "[{":
+            levels += 1
+            most = max(most, levels)
+        elif character in "]}":
+            levels -= 1
+    return most
+
+
+@given(st.lists(PIECES, max_size=12).map("".join))
+def test_levels_are_counted_as_one_reads_them(text: str) -> None:
+    deep = levels_in(text) > MAX_JSON_LEVELS
+    assert [is_deep(text.encode()), is_deep_for_apps(text)] == [deep, deep]
