@@ -5,6 +5,7 @@
  */
 
 import { NotConnectedError } from "./errors.js";
+import { shown } from "./shown.js";
 import { browserSystem } from "./system.js";
 
 /** @import { Bytes } from "./encoding.js" */
@@ -231,7 +232,10 @@ export class PeerAdapter {
   async _describe(peer, offer, ice) {
     const configuration = await ice;
     if (peer.isClosed) return;
-    const connection = new this._PeerConnection(configuration);
+    const { connection, refused } = connectionWith(this._PeerConnection, configuration);
+    for (const url of refused) {
+      peer.tell("trouble", `${shown(hostIn(url))} cannot be used: this browser refuses it.`);
+    }
     await peer.describe(connection, offer, this._sleep);
   }
 
@@ -250,6 +254,48 @@ export class PeerAdapter {
     this._peers.delete(contact);
     peer?.close(this._sleep);
   }
+}
+
+/**
+ * Return a connection with all servers that the browser takes, and the URLs that it refuses.
+ *
+ * A browser makes no connection at all with a list that has a bad server in it.
+ * @param {typeof RTCPeerConnection} PeerConnection
+ * @param {RTCConfiguration} configuration
+ * @returns {{connection: RTCPeerConnection, refused: string[]}}
+ */
+function connectionWith(PeerConnection, configuration) {
+  try {
+    return { connection: new PeerConnection(configuration), refused: [] };
+  } catch {
+    const single = (configuration.iceServers ?? []).flatMap((server) => (
+      [server.urls].flat().map((urls) => ({ ...server, urls }))));
+    const iceServers = single.filter((server) => isTaken(PeerConnection, server));
+    const refused = single.filter((server) => !iceServers.includes(server));
+    const connection = new PeerConnection({ ...configuration, iceServers });
+    return { connection, refused: refused.map(({ urls }) => urls) };
+  }
+}
+
+/**
+ * @param {typeof RTCPeerConnection} PeerConnection
+ * @param {RTCIceServer} server
+ */
+function isTaken(PeerConnection, server) {
+  try {
+    new PeerConnection({ iceServers: [server] }).close();
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/**
+ * Return what may be shown of the URL of a server: what stands before an `@` is a secret.
+ * @param {string} url
+ */
+function hostIn(url) {
+  return url.slice(url.lastIndexOf("@") + 1);
 }
 
 /** @param {RTCPeerConnection} connection */

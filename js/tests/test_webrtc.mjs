@@ -85,6 +85,38 @@ test("a channel that takes no message ends as one that is closed", async () => {
   assert.equal(FakeConnection.last.made.readyState, "closed");
 });
 
+/** A browser that refuses what one server has, as browsers do: with all others. */
+class StrictConnection extends FakeConnection {
+  constructor({ iceServers = [] } = {}) {
+    super();
+    this.urls = iceServers.flatMap(({ urls }) => urls);
+    const isBad = ({ urls, credential }) => (
+      [urls].flat().some((url) => !/^(?:stun|turn):[^@]+$/.test(url)
+        || (url.startsWith("turn:") && !credential)));
+    if (iceServers.some(isBad)) throw new DOMException("bad", "SyntaxError");
+  }
+}
+
+test("a server that the browser refuses costs a warning and that server alone", async () => {
+  const login = { username: "alice", credential: "mellon" };
+  const iceServers = [
+    { urls: "stun:a" },
+    { urls: ["turn:b", "turn:alice:mellon@c", "turn:d"], ...login },
+    { urls: "turn:e" },
+  ];
+  const troubles = [];
+  const adapter = new PeerAdapter(StrictConnection, async () => {});
+  adapter.start((contact, event, attemptId, value) => {
+    if (event === "trouble") troubles.push(value);
+  });
+  await adapter.gather(1, 1, null, Promise.resolve({ iceServers }));
+  assert.deepEqual(FakeConnection.last.urls, ["stun:a", "turn:b", "turn:d"]);
+  assert.deepEqual(troubles, [
+    "c cannot be used: this browser refuses it.",
+    "turn:e cannot be used: this browser refuses it.",
+  ]);
+});
+
 test("with another network, a connection that is disconnected is told as closed", async () => {
   const reports = [];
   const passing = [];

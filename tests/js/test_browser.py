@@ -648,6 +648,36 @@ def test_firefox_and_chromium_connect(
     assert alice.evaluate("problems") == bob.evaluate("problems") == []
 
 
+GATHER = """async (iceServers) => {
+    const { PeerAdapter } = await import("/js/connectoid.js");
+    const adapter = new PeerAdapter();
+    const told = [];
+    return new Promise((resolve) => {
+        adapter.start((contact, event, attemptId, value) => {
+            if (event === "trouble") told.push(value);
+            if (event === "gathered") resolve([value?.type ?? "nothing", told]);
+        });
+        adapter.gather(1, 1, null, Promise.resolve({ iceServers }));
+    }).finally(() => adapter.stop());
+}"""
+
+
+def gathers_in_spite_of_bad_servers(page: Any) -> None:
+    """See that a browser, which makes no connection with one of these, makes one without it."""
+    bad = [{"urls": "turn:without-login.example"}, {"urls": "stun:a:b:c"}]
+    for server in bad:
+        assert page.evaluate(GATHER, [server, {"urls": "stun:127.0.0.1:3478"}]) == [
+            "offer", [f"{server['urls']} cannot be used: this browser refuses it."]]
+
+
+def test_server_that_chromium_refuses_costs_a_warning_and_no_connection(profile: Open) -> None:
+    gathers_in_spite_of_bad_servers(profile("alice"))
+
+
+def test_server_that_firefox_refuses_costs_a_warning_and_no_connection(remote: Start) -> None:
+    gathers_in_spite_of_bad_servers(remote("firefox", "alice"))
+
+
 # A frame, so that the page that asks what to do stays; `list` is the shopping list's document.
 OPEN_LIST = """(url) => new Promise((resolve) => {
     const onload = () => {
