@@ -105,12 +105,20 @@ export class Line {
     // A pause goes on that was meant for an idle time.
     this._isSlow = false;
     this._woken = new AbortController();
+    // Nothing has come over the present way to the relay.
+    this._isDoubted = false;
     this.hasStun = false;
     this.lendsTurn = false;
     this._loans = new Loans(client, host.roster.suite, () => this._nowS());
     this._hasLearned = false;
     this.learned = Promise.resolve();
     this._run();
+  }
+
+  /** Ask at once, and do not wait: the way to the relay may be another one. */
+  doubt() {
+    this._isDoubted = true;
+    this.wake();
   }
 
   /** Let a check begin as soon as it may, in place of one that waits. */
@@ -267,7 +275,9 @@ export class Line {
     try {
       const { signal } = this._woken;
       const waits = !signal.aborted && !this._places.areTaken && this._mayWait();
-      return await checkMailboxes(this._client, polls, waits ? waitS : 0, signal);
+      const checked = await checkMailboxes(this._client, polls, waits ? waitS : 0, signal);
+      this._isDoubted = false;
+      return checked;
     } finally {
       this._places.leave();
     }
@@ -329,6 +339,7 @@ export class Line {
   /** A hidden page that expects nothing asks once a minute. */
   _mayWait() {
     const { page, roster } = this._host;
+    if (this._isDoubted) return false;
     return !page.isHidden || roster.pollGapS() < POLL_SLOW_S;
   }
 
@@ -406,6 +417,11 @@ export class Lines {
   /** Let all check again, as soon as they may. */
   wake() {
     for (const line of this._lines.values()) line.wake();
+  }
+
+  /** Let all ask at once: the way to the relays may be another one. */
+  doubt() {
+    for (const line of this._lines.values()) line.doubt();
   }
 
   /**

@@ -22,7 +22,10 @@ import { originOf } from "./urls.js";
 /** @import { Suite } from "./suite.js" */
 /** @import { System } from "./system.js" */
 
-const REQUEST_TIMEOUT_S = 10;
+export const REQUEST_TIMEOUT_S = 10;
+// Where the network may be another one. A browser keeps connections to a relay, and nothing answers
+// on one that was made in the former network: each has to fail before a request makes a new one.
+export const HURRIED_TIMEOUT_S = 3;
 // 100 messages in 512 KiB, with their JSON.
 const MAX_REPLY_BYTES = 1_048_576;
 // Of the reply to each check of a batch, so that a whole one has a MiB.
@@ -69,9 +72,13 @@ export class RelayClient {
    * @param {string} url
    * @param {Pick<System, "fetch" | "sleep">} [system]
    * @param {(url: string) => boolean} [mayBePrivate] whether it may be on this machine or network
+   * @param {() => number} [timeoutS] how long a request takes at most, beside what it waits for
    */
-  constructor(url, system = browserSystem(), mayBePrivate = () => true) {
+  constructor(
+    url, system = browserSystem(), mayBePrivate = () => true, timeoutS = () => REQUEST_TIMEOUT_S,
+  ) {
     this.url = url;
+    this._timeoutS = timeoutS;
     this._system = system;
     this._mayBePrivate = mayBePrivate;
   }
@@ -158,7 +165,7 @@ export class RelayClient {
     const abort = new AbortController();
     const over = new AbortController();
     const end = () => abort.abort();
-    this._system.sleep(REQUEST_TIMEOUT_S + waitS, over.signal).then(end);
+    this._system.sleep(this._timeoutS() + waitS, over.signal).then(end);
     signal?.addEventListener("abort", end);
     try {
       signal?.throwIfAborted();

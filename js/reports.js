@@ -23,6 +23,7 @@ import { ConnectoidError, NotConnectedError } from "./errors.js";
  * @property {Complaints} complaints
  * @property {WebRTC} webrtc
  * @property {boolean} stopped
+ * @property {() => void} doubtWays has the ways to all relays tried
  */
 
 /** Take reports, and refuse connections that bring what they must not. */
@@ -47,6 +48,8 @@ export class Reports {
     } else if (event === "message") {
       this._messageCame(number, entry, attemptId, value);
     } else {
+      // It may be this end that has lost its network.
+      if (event === "silent") this._host.doubtWays();
       this._steps.make(number, (contact, now) => hear(contact, now, event, attemptId, value));
     }
   }

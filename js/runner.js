@@ -22,7 +22,7 @@ import { checkIceServers } from "./ice.js";
 import { Lines } from "./line.js";
 import { makeLink, readLink } from "./links.js";
 import { Page } from "./page.js";
-import { RelayClient } from "./relay_client.js";
+import { HURRIED_TIMEOUT_S, REQUEST_TIMEOUT_S, RelayClient } from "./relay_client.js";
 import { Reports } from "./reports.js";
 import { Roster } from "./roster.js";
 import { Sender } from "./sender.js";
@@ -42,6 +42,8 @@ import { LACKS_WEBRTC, NO_WEBRTC, PeerAdapter } from "./webrtc.js";
 /** @import { System } from "./system.js" */
 /** @import { WebRTC } from "./webrtc.js" */
 
+// How long requests may take less than else, once the network may be another one.
+const HURRY_S = 20;
 // How long a closed runner takes to send what is still waiting.
 const STOP_S = 2;
 
@@ -94,8 +96,9 @@ export class Connectoid {
     this._allowPrivateRelays = allowPrivateRelays;
     this._app = checkApp(app);
     /** @type {(url: string) => RelayClient} */
-    const clientOf = (url) => (
-      new RelayClient(url, this.system, (one) => this._mayBePrivate(one)));
+    const clientOf = (url) => new RelayClient(
+      url, this.system, (one) => this._mayBePrivate(one), () => this._timeoutS());
+    this._hurriedUntilS = -Infinity;
     this._lines = new Lines(this, clientOf);
     this._sender = new Sender(clientOf, this.system, this.complaints);
     this._toStrangers = new Sender(
@@ -362,6 +365,12 @@ export class Connectoid {
     return this._reports.refuse(number, attemptId, why);
   }
 
+  /** Have the ways to all relays tried: the network may be another one. */
+  doubtWays() {
+    this._hurriedUntilS = this._nowS() + HURRY_S;
+    this._lines.doubt();
+  }
+
   // -- What comes from the page ------------------------------------------------------------
 
   /**
@@ -381,6 +390,7 @@ export class Connectoid {
 
   /** Have all that waits go on at once. */
   _networkChanged() {
+    this.doubtWays();
     for (const sender of [this._sender, this._toStrangers]) sender.hurry();
     this.webrtc.doubt();
     this._steps.makeAll(this.roster.entries.keys(), networkChanged);
@@ -427,6 +437,10 @@ export class Connectoid {
 
   _nowS() {
     return this.system.now().monotonicS;
+  }
+
+  _timeoutS() {
+    return this._nowS() < this._hurriedUntilS ? HURRIED_TIMEOUT_S : REQUEST_TIMEOUT_S;
   }
 
   /**

@@ -22,6 +22,10 @@ const FLUSH_S = 2;
 const FLUSH_STEP_S = 0.05;
 // Once the network has changed: browsers miss the other end within a few seconds.
 const DOUBT_S = 15;
+// How long the other end may be missed. Browsers say so after five seconds, and give up after
+// thirty, as they ask for so long at the old address. No browser for desktops tells a page that the
+// network is another one, so a page has to take that for the reason.
+const MISSED_S = 3;
 
 // A TURN server's error (RFC 8489, section 14.8).
 const UNAUTHORIZED = 401;
@@ -55,8 +59,9 @@ class Peer {
   /**
    * @param {number} attemptId
    * @param {(event: string, value?: any) => void} report
+   * @param {System["sleep"]} sleep
    */
-  constructor(attemptId, report) {
+  constructor(attemptId, report, sleep) {
     this.attemptId = attemptId;
     this.isClosed = false;
     /** @type {RTCPeerConnection | undefined} */
@@ -64,7 +69,10 @@ class Peer {
     /** @type {RTCDataChannel | undefined} */
     this.channel = undefined;
     this._report = report;
+    this._sleep = sleep;
     this._isDoubted = false;
+    // Aborted when the other end answers again.
+    this._missed = new AbortController();
   }
 
   /**
@@ -80,9 +88,8 @@ class Peer {
    * Make an offer, or the answer to one, with its candidates.
    * @param {RTCPeerConnection} connection
    * @param {Sdp | null} offer
-   * @param {System["sleep"]} sleep
    */
-  async describe(connection, offer, sleep) {
+  async describe(connection, offer) {
     this.connection = connection;
     connection.onconnectionstatechange = () => this._judge();
     connection.onicecandidateerror = ({ url, errorCode }) => {
@@ -97,28 +104,37 @@ class Peer {
     }
     // With an offer this makes an answer.
     await connection.setLocalDescription();
-    await Promise.race([allGathered(connection), sleep(GATHER_LIMIT_S)]);
+    await Promise.race([allGathered(connection), this._sleep(GATHER_LIMIT_S)]);
   }
 
-  /**
-   * For a while, take a connection for lost as soon as the browser misses its other end.
-   * @param {System["sleep"]} sleep
-   */
-  async doubt(sleep) {
+  /** For a while, take a connection for lost as soon as the browser misses its other end. */
+  async doubt() {
     this._isDoubted = true;
     this._judge();
-    await sleep(DOUBT_S);
+    await this._sleep(DOUBT_S);
     this._isDoubted = false;
   }
 
   /** Tell what the browser says of the connection. One that never opened gets the same time. */
   _judge() {
+    this._missed.abort();
     const state = this.connection?.connectionState;
     // The browser has asked whether the other is there (RFC 7675), and asks on.
-    const isSilent = state === "disconnected";
-    const isLost = state === "failed" || state === "closed" || (isSilent && this._isDoubted);
-    if (this.channel && isLost) this.tell("closed");
-    else if (isSilent) this.tell("silent");
+    if (state === "disconnected") this._miss();
+    else if (this.channel && ["failed", "closed"].includes(state ?? "")) this.tell("closed");
+  }
+
+  /** Wait for the other end to answer again, and no longer than that may take. */
+  async _miss() {
+    const { signal } = this._missed = new AbortController();
+    if (!this._isDoubted) {
+      this.tell("silent");
+      await this._sleep(MISSED_S, signal);
+    }
+    if (signal.aborted || !this.channel) return;
+    this.tell("closed");
+    // It would go on by itself, and the other end would take it for one that is there.
+    await this.close();
   }
 
   /** @param {RTCDataChannel} channel */
@@ -136,15 +152,13 @@ class Peer {
     if (channel.readyState === "open") this.tell("opened");
   }
 
-  /**
-   * Close it, after what is buffered has gone out.
-   * @param {System["sleep"]} sleep
-   */
-  async close(sleep) {
+  /** Close it, after what is buffered has gone out. */
+  async close() {
     this.isClosed = true;
+    this._missed.abort();
     for (let waitedS = 0; waitedS < FLUSH_S; waitedS += FLUSH_STEP_S) {
       if (this.channel?.readyState !== "open" || !this.channel.bufferedAmount) break;
-      await sleep(FLUSH_STEP_S);
+      await this._sleep(FLUSH_STEP_S);
     }
     this.connection?.close();
   }
@@ -184,7 +198,7 @@ export class PeerAdapter {
     this._drop(contact);
     const peer = new Peer(attemptId, (event, value) => {
       this._report(contact, event, attemptId, value);
-    });
+    }, this._sleep);
     this._peers.set(contact, peer);
     await this._describe(peer, offer, ice).catch(warn);
     const local = peer.connection?.localDescription;
@@ -217,7 +231,7 @@ export class PeerAdapter {
   }
 
   doubt() {
-    for (const peer of this._peers.values()) peer.doubt(this._sleep);
+    for (const peer of this._peers.values()) peer.doubt();
   }
 
   stop() {
@@ -236,7 +250,7 @@ export class PeerAdapter {
     for (const url of refused) {
       peer.tell("trouble", `${shown(hostIn(url))} cannot be used: this browser refuses it.`);
     }
-    await peer.describe(connection, offer, this._sleep);
+    await peer.describe(connection, offer);
   }
 
   /**
@@ -252,7 +266,7 @@ export class PeerAdapter {
   _drop(contact) {
     const peer = this._peers.get(contact);
     this._peers.delete(contact);
-    peer?.close(this._sleep);
+    peer?.close();
   }
 }
 

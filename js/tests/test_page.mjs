@@ -19,6 +19,13 @@ class FakeConnection extends EventTarget {
   }
 }
 
+/** Reject once a signal says so. */
+function aborted(signal) {
+  return new Promise((resolve, reject) => {
+    signal.addEventListener("abort", () => reject(signal.reason));
+  });
+}
+
 /** A page, its time and its network. `pass` lets seconds go by, one by one. */
 class FakePage {
   constructor(answer) {
@@ -48,8 +55,12 @@ class FakePage {
   async fetch(url, { body = null, ...init }) {
     const request = JSON.parse(body);
     this.requests.push({ atS: this.monotonicS, request, init });
-    const reply = request ? await this._answer(request, this.monotonicS) : {};
+    const reply = request ? await this._reply(request, init.signal) : {};
     return new Response(typeof reply === "string" ? reply : JSON.stringify(reply));
+  }
+
+  _reply(request, signal) {
+    return Promise.race([aborted(signal), this._answer(request, this.monotonicS)]);
   }
 
   async pass(seconds) {
@@ -191,6 +202,25 @@ test("with another network, what waits goes on at once, and connections are doub
   fake.page.navigator.connection.change("cellular");
   await fake.pass(2);
   assert.deepEqual([sends(), doubts], [before + 1, 1]);
+});
+
+test("an end that falls silent has the way to a relay tried at once, without waiting", async () => {
+  let isDead = false;
+  const { app, fake } = await startFaked((request) => (
+    isDead ? new Promise(() => {}) : findNothing(request)));
+  await app.share("Bob", APP);
+  await fake.pass(5);
+  isDead = true;
+  fake.requests.length = 0;
+  app.webrtc.report(1, "silent", 0);
+  // What goes over the former connection is never answered.
+  await fake.pass(3);
+  isDead = false;
+  await fake.pass(10);
+  const checks = fake.requests.filter(({ request }) => Array.isArray(request));
+  const [first, second, third] = checks.map(({ atS, request: [{ wait }] }) => ({ atS, wait }));
+  assert.deepEqual([first.wait, second.wait, third.wait], [0, 0, 60]);
+  assert.ok(second.atS - first.atS <= 7, "it failed soon");
 });
 
 test("a message that is lost on its way to a relay is sent again", async () => {

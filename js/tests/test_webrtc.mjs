@@ -45,7 +45,9 @@ class FakeConnection {
 
   async setLocalDescription() {}
 
-  close() {}
+  close() {
+    this.isClosed = true;
+  }
 }
 
 for (const offer of [null, makeSdp("offer")]) {
@@ -117,39 +119,69 @@ test("a server that the browser refuses costs a warning and that server alone", 
   ]);
 });
 
-test("with another network, a connection that is disconnected is told as closed", async () => {
+/** Return a connection that has gathered, what it reports, and what its adapter waits for. */
+async function startWaiting() {
   const reports = [];
-  const passing = [];
-  const adapter = new PeerAdapter(FakeConnection, (seconds) => (
-    new Promise((resolve) => passing.push([seconds, resolve]))));
-  adapter.start((contact, event) => reports.push(event));
+  const waits = [];
+  const sleep = (seconds, signal) => new Promise((resolve) => {
+    waits.push([seconds, resolve]);
+    signal?.addEventListener("abort", () => resolve());
+  });
+  const adapter = new PeerAdapter(FakeConnection, sleep);
+  adapter.start((contact, event, attemptId) => reports.push([event, attemptId]));
   await adapter.gather(1, 7, null, Promise.resolve({ iceServers: [] }));
+  reports.length = waits.length = 0;
   const connection = FakeConnection.last;
-  passing.length = 0;
-  reports.length = 0;
+  const be = async (state) => {
+    connection.connectionState = state;
+    connection.onconnectionstatechange();
+    await settled();
+  };
+  return { adapter, be, connection, reports, waits };
+}
+
+/** Let all go on that waits for nothing else. */
+function settled() {
+  return new Promise((resolve) => setImmediate(resolve));
+}
+
+test("with another network, a connection that is disconnected is told as closed", async () => {
+  const { adapter, be, connection, reports, waits } = await startWaiting();
   adapter.doubt();
-  assert.deepEqual(reports, [], "it is connected");
-  connection.connectionState = "disconnected";
-  connection.onconnectionstatechange();
-  assert.deepEqual(reports.splice(0), ["closed"]);
-  const [[seconds, end]] = passing;
-  assert.equal(seconds, 15);
+  assert.deepEqual([reports, waits[0][0]], [[], 15], "it is connected");
+  await be("disconnected");
+  assert.deepEqual(reports, [["closed", 7]]);
+  assert.ok(connection.isClosed);
+});
+
+test("once the network is an old one, a connection that is disconnected is silent", async () => {
+  const { adapter, be, connection, reports, waits } = await startWaiting();
+  adapter.doubt();
+  waits[0][1]();
+  await settled();
+  await be("disconnected");
+  assert.deepEqual(reports, [["silent", 7]]);
+  assert.ok(!connection.isClosed);
+});
+
+test("an end that is missed for too long is told as closed, and the connection ends", async () => {
+  const { be, connection, reports, waits } = await startWaiting();
+  await be("disconnected");
+  const [[seconds, end]] = waits;
+  assert.deepEqual([seconds, reports.splice(0)], [3, [["silent", 7]]]);
   end();
-  await Promise.resolve();
-  connection.onconnectionstatechange();
-  assert.deepEqual(reports, ["silent"], "the network is an old one");
+  await settled();
+  assert.deepEqual(reports, [["closed", 7]]);
+  assert.ok(connection.isClosed);
 });
 
 test("a connection that is disconnected for now is told as silent, and goes on", async () => {
-  const reports = [];
-  const adapter = new PeerAdapter(FakeConnection, async () => {});
-  adapter.start((contact, event, attemptId) => reports.push([event, attemptId]));
-  await adapter.gather(1, 7, null, Promise.resolve({ iceServers: [] }));
-  const connection = FakeConnection.last;
-  reports.length = 0;
-  for (const state of ["disconnected", "connected", "failed"]) {
-    connection.connectionState = state;
-    connection.onconnectionstatechange();
-  }
-  assert.deepEqual(reports, [["silent", 7], ["closed", 7]]);
+  const { be, connection, reports, waits } = await startWaiting();
+  for (const state of ["disconnected", "connected"]) await be(state);
+  waits[0][1]();
+  await settled();
+  assert.deepEqual(reports.splice(0), [["silent", 7]]);
+  assert.ok(!connection.isClosed);
+  await be("failed");
+  assert.deepEqual(reports, [["closed", 7]]);
 });

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lab import RELAY_IPV4, RELAY_PORT, ROOT, Lab, Namespace, lacking, open_lab
 from networks_of_people import NETWORKS, Network
+from test_changes import Phone, make_phone
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -82,3 +83,41 @@ def test_two_browsers_connect(chromium: Any, lab: Lab, network: Network) -> None
     for page in (alice, bob):
         page.wait_for_function("window.channel", timeout=PATIENCE_MS)
     print(f"{network.name}, Chromium: connected after {time.monotonic() - began_s:.1f} s")
+
+
+# Have a connection whenever there is none, as an app that syncs has.
+STAY = """(name) => {
+    window.connections = 0;
+    (async () => {
+        for (;;) {
+            window.channel = await app.connect(name);
+            window.connections += 1;
+            for await (const message of channel) window.came = message;
+        }
+    })();
+}"""
+
+
+@pytest.mark.parametrize("change", [
+    pytest.param(Phone.lose_wifi_silently, id="the Wi-Fi falls silent"),
+    pytest.param(Phone.lose_wifi, id="the Wi-Fi goes"),
+])
+def test_browser_connects_anew_in_another_network(
+    chromium: Any, lab: Lab, change: Callable[[Phone], None],
+) -> None:
+    """It is never offline, and nobody tells the page of another network."""
+    phone = make_phone(lab)
+    alice, bob = (open_page(lab, chromium, place) for place in (phone.host, lab.home().host()))
+    link = alice.evaluate("app.share('Bob', location.href)")
+    bob.evaluate("(link) => app.open(link, 'Alice')", link)
+    for page, name in ((alice, "Bob"), (bob, "Alice")):
+        page.evaluate(STAY, name)
+    for page in (alice, bob):
+        page.wait_for_function("connections === 1", timeout=PATIENCE_MS)
+    change(phone)
+    changed_s = time.monotonic()
+    for page in (alice, bob):
+        page.wait_for_function("connections > 1 && !channel.closed", timeout=PATIENCE_MS)
+    print(f"Chromium: connected again {time.monotonic() - changed_s:.1f} s after the change")
+    alice.evaluate("channel.send('here')")
+    bob.wait_for_function("window.came === 'here'", timeout=PATIENCE_MS)
