@@ -17,9 +17,8 @@ const CHANNEL_LABEL = "connectoid";
 const GATHER_LIMIT_S = 2;
 // How much may be buffered on a data channel. More waits.
 const MAX_BUFFERED_BYTES = 1_048_576;
-// How long a closed connection takes to send its buffered data.
-const FLUSH_S = 2;
-const FLUSH_STEP_S = 0.05;
+// For what was sent to arrive, when a connection is closed.
+const FLUSH_S = 5;
 // Once the network has changed: browsers miss the other end within a few seconds.
 const DOUBT_S = 15;
 // How long the other end may be missed. Browsers say so after five seconds, and give up after
@@ -64,6 +63,8 @@ class Peer {
   constructor(attemptId, report, sleep) {
     this.attemptId = attemptId;
     this.isClosed = false;
+    // Whether the other end broke the rules: it is owed nothing more.
+    this._isRefused = false;
     /** @type {RTCPeerConnection | undefined} */
     this.connection = undefined;
     /** @type {RTCDataChannel | undefined} */
@@ -134,12 +135,13 @@ class Peer {
     if (signal.aborted || !this.channel) return;
     this.tell("closed");
     // It would go on by itself, and the other end would take it for one that is there.
-    await this.close();
+    this.end();
   }
 
   /** @param {RTCDataChannel} channel */
   watch(channel) {
     if (this.channel || !isOurs(channel)) {
+      this._isRefused = true;
       this.tell("refused");
       return;
     }
@@ -152,14 +154,26 @@ class Peer {
     if (channel.readyState === "open") this.tell("opened");
   }
 
-  /** Close it, after what is buffered has gone out. */
+  /**
+   * Close it, once what was sent has arrived.
+   *
+   * A connection that is closed at once takes with it what was lost on the way: the last message
+   * may be the one that proves to the other side that it is connected.
+   */
   async close() {
     this.isClosed = true;
-    this._missed.abort();
-    for (let waitedS = 0; waitedS < FLUSH_S; waitedS += FLUSH_STEP_S) {
-      if (this.channel?.readyState !== "open" || !this.channel.bufferedAmount) break;
-      await this._sleep(FLUSH_STEP_S);
+    if (this.channel?.readyState === "open" && !this._isRefused) {
+      const closed = isClosed(this.channel);
+      this.channel.close();
+      await Promise.race([closed, this._sleep(FLUSH_S)]);
     }
+    this.end();
+  }
+
+  /** Close it at once. */
+  end() {
+    this.isClosed = true;
+    this._missed.abort();
     this.connection?.close();
   }
 }
@@ -234,8 +248,10 @@ export class PeerAdapter {
     for (const peer of this._peers.values()) peer.doubt();
   }
 
+  // A page that is left has no time.
   stop() {
-    for (const contact of this._peers.keys()) this._drop(contact);
+    for (const peer of this._peers.values()) peer.end();
+    this._peers.clear();
   }
 
   /**
@@ -318,6 +334,16 @@ function allGathered(connection) {
     const look = () => connection.iceGatheringState === "complete" && resolve(null);
     connection.onicegatheringstatechange = look;
     look();
+  });
+}
+
+/**
+ * Resolve when the other end has all that was sent, and the channel is closed.
+ * @param {RTCDataChannel} channel
+ */
+function isClosed(channel) {
+  return new Promise((resolve) => {
+    channel.addEventListener("close", resolve, { once: true });
   });
 }
 

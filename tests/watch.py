@@ -31,6 +31,7 @@ SOCKET_ROOMS = (
     "tests/js/",
     "tests/library/test_asyncio.py",
     "tests/library/test_cli.py",
+    "tests/library/test_closing.py",
     "tests/library/test_consent.py",
     "tests/library/test_datagrams.py",
     "tests/library/test_doctor.py",

@@ -8,8 +8,9 @@ import { PeerAdapter } from "../webrtc.js";
 import { makeSdp } from "./harness.mjs";
 
 /** A data channel without another end. */
-class FakeChannel {
+class FakeChannel extends EventTarget {
   constructor(label, kind = {}) {
+    super();
     this.label = label;
     this.ordered = true;
     this.maxRetransmits = null;
@@ -50,6 +51,9 @@ class FakeConnection {
   }
 }
 
+/** Let all go on that waits for nothing. */
+const settled = () => new Promise((resolve) => setImmediate(resolve));
+
 for (const offer of [null, makeSdp("offer")]) {
   const side = offer ? "answers" : "offers";
   test(`a side that ${side} has one data channel, and refuses another`, async () => {
@@ -86,6 +90,45 @@ test("a channel that takes no message ends as one that is closed", async () => {
   await assert.rejects(adapter.write(1, 7, "Hello"), NotConnectedError);
   assert.equal(FakeConnection.last.made.readyState, "closed");
 });
+
+test("a connection ends once its channel has closed, or after 5 s", async () => {
+  for (const isTimeUp of [false, true]) {
+    const passing = [];
+    const sleep = (seconds) => new Promise((resolve) => passing.push([seconds, resolve]));
+    const adapter = new PeerAdapter(FakeConnection, sleep);
+    adapter.start(() => {});
+    await adapter.gather(1, 7, null, Promise.resolve({ iceServers: [] }));
+    const connection = FakeConnection.last;
+    passing.length = 0;
+    adapter.close(1, 7);
+    // The other end has the channel closed when it has all that was sent.
+    assert.equal(connection.made.readyState, "closed");
+    await settled();
+    assert.equal(connection.isClosed, undefined);
+    const [[seconds, end]] = passing;
+    assert.equal(seconds, 5);
+    if (isTimeUp) end();
+    else connection.made.dispatchEvent(new Event("close"));
+    await settled();
+    assert.equal(connection.isClosed, true);
+  }
+});
+
+for (const [why, end] of [
+  ["the page is left", (adapter) => adapter.stop()],
+  ["the other broke the rules", (adapter) => {
+    FakeConnection.last.ondatachannel({ channel: new FakeChannel("connectoid") });
+    adapter.close(1, 7);
+  }],
+]) {
+  test(`a connection ends at once when ${why}`, async () => {
+    const adapter = new PeerAdapter(FakeConnection, async () => {});
+    adapter.start(() => {});
+    await adapter.gather(1, 7, null, Promise.resolve({ iceServers: [] }));
+    end(adapter);
+    assert.equal(FakeConnection.last.isClosed, true);
+  });
+}
 
 /** A browser that refuses what one server has, as browsers do: with all others. */
 class StrictConnection extends FakeConnection {
@@ -138,11 +181,6 @@ async function startWaiting() {
     await settled();
   };
   return { adapter, be, connection, reports, waits };
-}
-
-/** Let all go on that waits for nothing else. */
-function settled() {
-  return new Promise((resolve) => setImmediate(resolve));
 }
 
 test("with another network, a connection that is disconnected is told as closed", async () => {

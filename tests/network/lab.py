@@ -121,6 +121,8 @@ class Line(NamedTuple):
     delay_ms: float = 0.0
     loss: float = 0.0
     bits_per_s: float = 1e9
+    # Of what is lost.
+    seed: int = 1
 
 
 class Home(NamedTuple):
@@ -287,7 +289,7 @@ class Lab:
         self.start(
             sys.executable, LINK, "join", one.name, one_name, other.name, other_name, str(ready),
             "--delay-ms", str(line.delay_ms), "--loss", str(line.loss),
-            "--bits-per-s", str(line.bits_per_s))
+            "--bits-per-s", str(line.bits_per_s), "--seed", str(line.seed))
         wait_for_file(ready)
 
     def relay(self) -> None:

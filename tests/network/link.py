@@ -46,7 +46,7 @@ class Way:
         self._loss = arguments.loss
         self._bits_per_s = arguments.bits_per_s
         # The same packets are lost in each run.
-        self._random = random.Random(1)
+        self._random = random.Random(arguments.seed)
         self._free_s = 0.0
         self._order = itertools.count()
         self._under_way: list[tuple[float, int, bytes]] = []
@@ -115,6 +115,7 @@ def main() -> None:
     joining.add_argument("--delay-ms", type=float, default=0.0, help="one way")
     joining.add_argument("--loss", type=float, default=0.0, help="one way, from 0 to 1")
     joining.add_argument("--bits-per-s", type=float, default=1e9)
+    joining.add_argument("--seed", type=int, default=1, help="of what is lost")
     arguments = parser.parse_args(sys.argv[1:])
     arguments.does(arguments)
 
