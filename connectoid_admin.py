@@ -25,7 +25,6 @@ import contextlib
 import ctypes
 import datetime
 import errno
-import fcntl
 import functools
 import http.client
 import io
@@ -58,6 +57,7 @@ from cryptography import x509
 from connectoid_relay import (
     ADD_QUOTA_BYTES,
     DAY_US,
+    LACKING,
     METRICS,
     QUOTA_BYTES,
     READ_RELAY,
@@ -80,6 +80,9 @@ from connectoid_relay import (
     read_box,
     read_settings,
 )
+
+if not LACKING:
+    import fcntl
 
 # ---------------------------------------------------------------------------------------
 # Limits and places.
@@ -1543,6 +1546,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is done, 1 failed, 130 stopped by a signal; wrong usage exits with 2.
     """
+    if LACKING:
+        say(f"connectoid-admin: {LACKING}", sys.stderr)
+        return 1
     # These stop it as Ctrl-C does: half a copy is not left behind.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:

@@ -39,7 +39,6 @@ import binascii
 import collections
 import contextlib
 import enum
-import fcntl
 import functools
 import hashlib
 import hmac
@@ -53,7 +52,6 @@ import logging
 import os
 import queue
 import re
-import resource
 import secrets
 import selectors
 import signal
@@ -84,11 +82,22 @@ from typing import (
 try:
     from cryptography.hazmat.primitives import hpke
     from cryptography.hazmat.primitives.asymmetric import ec
-except ImportError:
-    NEEDS = "The relay needs the package cryptography 47 or newer: pip install 'cryptography>=47'"
+except ImportError as error:
+    # It may be there, and broken: the cause is told too.
+    NEEDS = ("The relay needs the package cryptography 47 or newer: pip install 'cryptography>=47'"
+             f" ({error})")
     if __name__ == "__main__":
         sys.exit(NEEDS)
-    raise ImportError(NEEDS) from None
+    raise ImportError(NEEDS) from error
+
+# What Windows has not. All else of this file is used there in tests, in memory.
+LACKING = ""
+try:
+    import fcntl
+    import resource
+except ImportError as error:
+    LACKING = (f"the relay needs Linux, macOS or another POSIX system ({error});"
+               " on Windows, run it in WSL")
 
 log = logging.getLogger("connectoid_relay")
 
@@ -838,30 +847,32 @@ _QUOTAS = (
 # A file of version N has had the first N of these. They are never changed, only added to.
 SCHEMA = (_FIRST_SCHEMA, _QUOTAS)
 
-# In these statements ?1 is the box, ?2 the time of the reader (of the relay, in a write).
+# `now_us` is the time of the reader (of the relay, in a write).
 LOOK = """
-    SELECT EXISTS (SELECT 1 FROM messages WHERE box = ?1 AND at > ?3 AND expires_us > ?2),
-        (SELECT expires_us FROM boxes WHERE box = ?1 AND expires_us > ?2)"""
+    SELECT EXISTS (SELECT 1 FROM messages
+                   WHERE box = :box AND at > :at_us AND expires_us > :now_us),
+        (SELECT expires_us FROM boxes WHERE box = :box AND expires_us > :now_us)"""
 MESSAGES = """
     SELECT messages.at, messages.data FROM messages JOIN
         (SELECT at, size, sum(size) OVER (ORDER BY at) AS total FROM messages
-         WHERE box = ?1 AND at > ?3 AND expires_us > ?2 ORDER BY at LIMIT ?4) AS page
+         WHERE box = :box AND at > :at_us AND expires_us > :now_us ORDER BY at LIMIT :limit) AS page
     ON page.at = messages.at
-    WHERE page.total <= ?5 OR page.total = page.size
+    WHERE page.total <= :max_chars OR page.total = page.size
     ORDER BY messages.at"""
-ARRIVALS = "SELECT at, box FROM messages WHERE at > ? ORDER BY at"
+ARRIVALS = "SELECT at, box FROM messages WHERE at > :after_us ORDER BY at"
 QUESTION = """
-    SELECT question FROM challenges WHERE box = ?1 AND made_us > ?3 AND expires_us > ?2
+    SELECT question FROM challenges
+    WHERE box = :box AND made_us > :made_after_us AND expires_us > :now_us
     ORDER BY made_us DESC LIMIT 1"""
-ANSWERS = "SELECT answer_sha256 FROM challenges WHERE box = ?1 AND expires_us > ?2"
+ANSWERS = "SELECT answer_sha256 FROM challenges WHERE box = :box AND expires_us > :now_us"
 # How many messages and bytes there are in a box, and whether it has a proven owner.
 BOX_CONTENT = """
     SELECT count(*), coalesce(sum(size), 0),
-        EXISTS (SELECT 1 FROM boxes WHERE box = ?1 AND expires_us > ?2)
-    FROM messages WHERE box = ?1 AND expires_us > ?2"""
+        EXISTS (SELECT 1 FROM boxes WHERE box = :box AND expires_us > :now_us)
+    FROM messages WHERE box = :box AND expires_us > :now_us"""
 # The members of Held.
 HELD = """
-    SELECT at, expires_us, size, source FROM messages WHERE box = ?1 AND expires_us > ?2
+    SELECT at, expires_us, size, source FROM messages WHERE box = :box AND expires_us > :now_us
     ORDER BY at"""
 DROP_MESSAGE = "DELETE FROM messages WHERE at = ? RETURNING size, quota"
 ADD_MESSAGE = """
@@ -871,7 +882,7 @@ ADD_QUESTION = """
     INSERT OR REPLACE INTO challenges (box, made_us, question, answer_sha256, expires_us)
     VALUES (?, ?, ?, ?, ?)"""
 ADD_BOX = "INSERT OR IGNORE INTO boxes (box, expires_us) VALUES (?, ?)"
-KEEP_BOX = "UPDATE boxes SET expires_us = max(expires_us, ?2) WHERE box = ?1"
+KEEP_BOX = "UPDATE boxes SET expires_us = max(expires_us, :expires_us) WHERE box = :box"
 QUOTA_BYTES = "SELECT bytes FROM quotas WHERE name = ?"
 ADD_QUOTA_BYTES = """
     INSERT INTO quotas (name, bytes, day, requests) VALUES (?, ?, 0, 0)
@@ -880,21 +891,23 @@ ADD_QUOTA_REQUESTS = """
     INSERT INTO quotas (name, bytes, day, requests) VALUES (?, 0, ?, ?)
     ON CONFLICT DO UPDATE SET
         requests = excluded.requests + iif(day = excluded.day, requests, 0), day = excluded.day"""
-QUOTA_REQUESTS = "SELECT name, requests FROM quotas WHERE day = ?"
+QUOTA_REQUESTS = "SELECT name, requests FROM quotas WHERE day = :day"
 EXPIRED = """
-    SELECT EXISTS (SELECT 1 FROM messages WHERE expires_us <= ?1)
-        OR EXISTS (SELECT 1 FROM challenges WHERE expires_us <= ?1)
-        OR EXISTS (SELECT 1 FROM boxes WHERE expires_us <= ?1)"""
+    SELECT EXISTS (SELECT 1 FROM messages WHERE expires_us <= :now_us)
+        OR EXISTS (SELECT 1 FROM challenges WHERE expires_us <= :now_us)
+        OR EXISTS (SELECT 1 FROM boxes WHERE expires_us <= :now_us)"""
 SWEEP_MESSAGES = """
     DELETE FROM messages WHERE at IN
-        (SELECT at FROM messages WHERE expires_us <= ?1 ORDER BY expires_us LIMIT ?2)
+        (SELECT at FROM messages WHERE expires_us <= :now_us ORDER BY expires_us LIMIT :limit)
     RETURNING size, quota"""
 SWEEP_QUESTIONS = """
     DELETE FROM challenges WHERE (box, made_us) IN
-        (SELECT box, made_us FROM challenges WHERE expires_us <= ?1 ORDER BY expires_us LIMIT ?2)"""
+        (SELECT box, made_us FROM challenges
+         WHERE expires_us <= :now_us ORDER BY expires_us LIMIT :limit)"""
 SWEEP_BOXES = """
     DELETE FROM boxes WHERE box IN
-        (SELECT box FROM boxes WHERE expires_us <= ?1 ORDER BY expires_us LIMIT ?2)"""
+        (SELECT box FROM boxes
+         WHERE expires_us <= :now_us ORDER BY expires_us LIMIT :limit)"""
 READ_RELAY = "SELECT time_us, last_at, bytes, boxes, messages FROM relay"
 WRITE_RELAY = """
     UPDATE relay SET time_us = :time_us, last_at = :last_at, bytes = :bytes, boxes = :boxes,
@@ -903,6 +916,8 @@ WRITE_TIME = "UPDATE relay SET time_us = ?"
 # Fails if the file cannot be written; finds no row if no clock of a relay wrote the one there.
 CHECK_RELAY = "UPDATE relay SET time_us = time_us WHERE max(time_us, last_at) < ?"
 
+# STRICT came with it.
+MIN_SQLITE = (3, 37, 0)
 # Writes in one transaction: 1 MiB of messages, a few milliseconds.
 COMMIT_BATCH = 32
 # Rows of a table deleted in one transaction: half a MiB, which fits a small reserve.
@@ -975,6 +990,14 @@ class FileLock:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
+def check_sqlite(version: tuple[int, ...] = sqlite3.sqlite_version_info) -> None:
+    """Raise StoreError if SQLite is older than MIN_SQLITE."""
+    if version < MIN_SQLITE:
+        here, least = (".".join(map(str, numbers)) for numbers in (version, MIN_SQLITE))
+        raise StoreError(f"Python has SQLite {here} here, and the relay needs {least} or newer;"
+                         " choose a Python that has it")
+
+
 class Room(enum.Enum):
     """Say for whose writes the disk has room."""
 
@@ -1024,6 +1047,7 @@ class DatabaseFile:
 
     def open(self) -> None:
         """Open the file, made if it is missing, and bring its schema up to date."""
+        check_sqlite()
         try:
             self._open()
         except StoreFull:
@@ -1052,6 +1076,8 @@ class DatabaseFile:
 
     def _open_lock(self) -> None:
         """Open the lock, and before it a new file, for our eyes only, or look at the old one."""
+        if LACKING:
+            raise StoreError(LACKING)
         try:
             if os.path.exists(self.path):
                 self.look_before_opening()
@@ -1099,8 +1125,10 @@ class DatabaseFile:
         if self.closed:
             raise StoreError(f"{self.path} is closed")
         db = self._connect(
-            self.path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA secure_delete = ON")
+        # On macOS a plain sync leaves the cache of the disk to a power loss.
+        db.execute("PRAGMA fullfsync = ON")
         db.execute("PRAGMA wal_autocheckpoint = 0")
         return db
 
@@ -1402,7 +1430,8 @@ class PutMessage(NamedTuple):
         """Check all room, then add the message; raise NoRoom."""
         box, text, source, ttl_us, quota = self.message
         size = len(text)
-        messages, total, proven = db.execute(BOX_CONTENT, (box, row.time_us)).fetchone()
+        messages, total, proven = db.execute(
+            BOX_CONTENT, {"box": box, "now_us": row.time_us}).fetchone()
         dropped = self._make_room(db, row, messages, total)
         self._check_relay(row.bytes + counted_bytes(size), proven)
         if quota.name:
@@ -1425,7 +1454,7 @@ class PutMessage(NamedTuple):
                 and total + size <= limits.max_box_bytes // SOURCE_SHARE):
             # Nobody can have too much in a box with so little in it: most boxes.
             return []
-        rows = db.execute(HELD, (self.message.box, row.time_us))
+        rows = db.execute(HELD, {"box": self.message.box, "now_us": row.time_us})
         return make_room(list(map(Held._make, rows)), self.message.source, size, limits)
 
     def _check_relay(self, total: int, proven: int) -> None:
@@ -1455,7 +1484,8 @@ class PutQuestion(NamedTuple):
     def apply(self, db: sqlite3.Connection, row: RelayRow) -> str:
         """Look whether another check was faster, then add the question."""
         made_after_us = row.time_us - self.ttl_us // 2
-        young = db.execute(QUESTION, (self.box, row.time_us, made_after_us)).fetchone()
+        newest = {"box": self.box, "now_us": row.time_us, "made_after_us": made_after_us}
+        young = db.execute(QUESTION, newest).fetchone()
         if young:
             return str(young[0])
         expires_us = row.time_us + self.ttl_us
@@ -1473,7 +1503,7 @@ class KeepBoxes(NamedTuple):
     def apply(self, db: sqlite3.Connection, row: RelayRow) -> None:
         """Update each row, or add it."""
         for box, expires_us in self.expiries_us.items():
-            kept = db.execute(KEEP_BOX, (box, expires_us)).rowcount
+            kept = db.execute(KEEP_BOX, {"box": box, "expires_us": expires_us}).rowcount
             if not kept and row.boxes < self.room_for:
                 row.boxes += db.execute(ADD_BOX, (box, expires_us)).rowcount
 
@@ -1494,7 +1524,7 @@ class Sweep(NamedTuple):
 
     def apply(self, db: sqlite3.Connection, row: RelayRow) -> bool:
         """Delete at most SWEEP_ROWS of each table and take them from the sums."""
-        span = (row.time_us, SWEEP_ROWS)
+        span = {"now_us": row.time_us, "limit": SWEEP_ROWS}
         messages = db.execute(SWEEP_MESSAGES, span).fetchall()
         take_off(db, row, messages)
         questions = db.execute(SWEEP_QUESTIONS, span).rowcount
@@ -1701,7 +1731,7 @@ class SqliteStore:
             return contextlib.nullcontext()
         return _Snapshot(self._file, self._of_thread)
 
-    def _read(self, sql: str, *values: Any) -> list[Any]:
+    def _read(self, sql: str, **values: Any) -> list[Any]:
         try:
             snapshot = self._of_thread.snapshot
             if snapshot:
@@ -1753,16 +1783,18 @@ class SqliteStore:
 
     def look(self, box: bytes, at_us: int, now_us: int) -> Look:
         """Return whether the box has news, and until when its row lives."""
-        ((found, box_expires_us),) = self._read(LOOK, box, now_us, at_us)
+        ((found, box_expires_us),) = self._read(LOOK, box=box, now_us=now_us, at_us=at_us)
         return Look(bool(found), box_expires_us)
 
     def messages(self, box: bytes, at_us: int, limit: int, now_us: int) -> list[tuple[int, str]]:
         """Return (at, data) newer than `at`, oldest first."""
-        return self._read(MESSAGES, box, now_us, at_us, limit, MAX_RECEIVE_CHARS)
+        return self._read(
+            MESSAGES, box=box, now_us=now_us, at_us=at_us, limit=limit,
+            max_chars=MAX_RECEIVE_CHARS)
 
     def arrivals(self, after_us: int) -> tuple[int, set[bytes]]:
         """Return the newest `at` of all, and the boxes that got messages after the given one."""
-        rows = self._read(ARRIVALS, after_us)
+        rows = self._read(ARRIVALS, after_us=after_us)
         newest_us = after_us
         if rows:
             newest_us, _ = rows[-1]
@@ -1770,7 +1802,8 @@ class SqliteStore:
 
     def question(self, box: bytes, made_after_us: int, now_us: int) -> str | None:
         """Return the newest question if it was made after the given time."""
-        for (question,) in self._read(QUESTION, box, now_us, made_after_us):
+        found = self._read(QUESTION, box=box, now_us=now_us, made_after_us=made_after_us)
+        for (question,) in found:
             return str(question)
         return None
 
@@ -1781,7 +1814,7 @@ class SqliteStore:
 
     def answers(self, box: bytes, now_us: int) -> list[bytes]:
         """Return the hashes of the answers that are good now."""
-        return [answer for (answer,) in self._read(ANSWERS, box, now_us)]
+        return [answer for (answer,) in self._read(ANSWERS, box=box, now_us=now_us)]
 
     def keep_boxes(self, expiries_us: Mapping[bytes, int], now_us: int, room_for: int = 0, *,
                    soon: bool = False) -> None:
@@ -1799,7 +1832,7 @@ class SqliteStore:
 
     def spent(self, now_us: int) -> dict[str, int]:
         """Return the requests of today by name of quota, of all processes."""
-        return dict(self._read(QUOTA_REQUESTS, now_us // DAY_US))
+        return dict(self._read(QUOTA_REQUESTS, day=now_us // DAY_US))
 
     def stored(self) -> Stored:
         """Return what the store holds."""
@@ -1810,7 +1843,7 @@ class SqliteStore:
     def sweep(self, now_us: int) -> bool:
         """Delete some of what has expired, in time from the WAL too, and mend a full disk."""
         more = False
-        expired = self._read(EXPIRED, now_us) == [(1,)]
+        expired = self._read(EXPIRED, now_us=now_us) == [(1,)]
         if expired or self._commits.waiting():
             more = bool(self._write(Sweep(), now_us))
         self._file.tidy(now_us, deleted=expired)
@@ -5341,6 +5374,8 @@ def serve(arguments: argparse.Namespace, make_relay: Callable[..., Relay] = open
 
     `make_relay` is called as `open_relay` is; `remote` is RelayServer's.
     """
+    if LACKING:
+        raise SettingError(LACKING)
     # Until there is something to read again.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     speaks_udp = arguments.udp or arguments.stun

@@ -204,7 +204,7 @@ class Store:
         if self._is_file:
             self._check_mark()
         self._db = sqlite3.connect(
-            self.path, STORE_BUSY_S, isolation_level=None, check_same_thread=False
+            self.path, timeout=STORE_BUSY_S, isolation_level=None, check_same_thread=False
         )
         self._opened.callback(self._db.close)
         self._prepare(passphrase)
@@ -234,6 +234,8 @@ class Store:
                 f"this is version {STORE_VERSION} of Connectoid."
             )
         self._execute("PRAGMA synchronous = EXTRA")
+        # On macOS a plain sync leaves the cache of the disk to a power loss.
+        self._execute("PRAGMA fullfsync = ON")
         self._execute("PRAGMA secure_delete = ON")
 
     def _create(self, passphrase: str | None) -> None:

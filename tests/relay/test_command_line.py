@@ -328,27 +328,35 @@ def test_udp_answers_on_the_same_port_number(start: Callable[..., Process], alic
 
 
 @pytest.mark.parametrize(
-    "modules",
+    ("modules", "words", "cause"),
     [
-        ["cryptography/__init__.py"],
-        [
-            "cryptography/__init__.py",
-            "cryptography/hazmat/__init__.py",
-            "cryptography/hazmat/primitives/__init__.py",
-        ],
+        (["cryptography/__init__.py"], "", "No module named 'cryptography.hazmat'"),
+        (
+            [
+                "cryptography/__init__.py",
+                "cryptography/hazmat/__init__.py",
+                "cryptography/hazmat/primitives/__init__.py",
+            ],
+            "",
+            "cannot import name 'hpke'",
+        ),
+        (["cryptography/__init__.py"], "raise ImportError('no libffi')", "no libffi)"),
     ],
-    ids=["missing", "old"],
+    ids=["missing", "old", "broken"],
 )
-def test_missing_cryptography_is_said_in_one_sentence(modules: list[str], tmp_path: Path) -> None:
+def test_missing_cryptography_is_said_in_one_sentence(
+        modules: list[str], words: str, cause: str, tmp_path: Path) -> None:
     for module in modules:
         (tmp_path / "stub" / module).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "stub" / module).touch()
+        (tmp_path / "stub" / module).write_text(words)
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "stub")}
     finished = run_relay("--port", "0", cwd=tmp_path, env=environment)
     assert (finished.returncode, finished.stdout) == (1, "")
     assert finished.stderr.count("\n") == 1
     assert "cryptography" in finished.stderr
     assert "pip install 'cryptography>=47'" in finished.stderr
+    # Another cause than the version is not hidden.
+    assert f"({cause}" in finished.stderr
     environment["PYTHONPATH"] += os.pathsep + str(ROOT)
     code = "try: import connectoid_relay\nexcept ImportError as error: print(error)"
     imported = subprocess.run(

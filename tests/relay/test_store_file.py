@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import re
 import sqlite3
 from pathlib import Path
 
@@ -28,10 +29,12 @@ from harness import (
     texts_of,
 )
 
+import connectoid_relay
 from connectoid_relay import (
     DAY_US,
     HOUR_US,
     MIN_COUNTED_BYTES,
+    MIN_SQLITE,
     SCHEMA,
     YEAR_2200_US,
     Limits,
@@ -42,6 +45,7 @@ from connectoid_relay import (
     SqliteStore,
     Stored,
     StoreError,
+    check_sqlite,
 )
 
 
@@ -228,3 +232,23 @@ def test_spend_adds_by_name_and_day(tmp_path: Path) -> None:
         assert spend({"a": 1}, days[2]) == {"a": 2}
         with pytest.raises(NoRoom, match="quota"):
             store.put(Message(Owner(1).box, "QU", b"s", 10, Quota("a", bytes=4)), Limits(), days[2])
+
+
+def test_older_sqlite_is_refused_in_one_sentence() -> None:
+    major, minor, _ = MIN_SQLITE
+    with pytest.raises(StoreError, match=r"SQLite 3\.36\.9 .* 3\.37\.0 or newer"):
+        check_sqlite((major, minor - 1, 9))
+    check_sqlite(MIN_SQLITE)
+    check_sqlite((major, minor, 1))
+
+
+def test_syncs_reach_the_disk_on_macos_too(folder: Path) -> None:
+    store = SqliteStore(str(folder / "relay.db"))
+    with contextlib.closing(store):
+        assert store._file.db.execute("PRAGMA fullfsync").fetchone() == (1,)
+
+
+def test_statements_name_their_values_or_count_on_their_order() -> None:
+    """Python 3.12 warns of ?1 with a tuple, on the terminal of the host."""
+    statements = [value for value in vars(connectoid_relay).values() if isinstance(value, str)]
+    assert not [text for text in statements if re.search(r"= \?[0-9]", text)]
