@@ -59,6 +59,7 @@ from connectoid_relay import (
     DAY_US,
     LACKING,
     METRICS,
+    NO_VARIABLES,
     QUOTA_BYTES,
     READ_RELAY,
     RELEASE_US,
@@ -90,6 +91,8 @@ if not LACKING:
 
 # systemd/connectoid-relay.service takes the relay's flags from here.
 ENVIRONMENT_FILE = "/etc/connectoid/relay.env"
+# What begins a comment in it: systemd.exec(5).
+COMMENTS = ("#", ";")
 # For a relay to accept, and then to answer all of it: it takes milliseconds.
 ANSWER_TIMEOUT_S = 5.0
 # For a reply over UDP, and then once more: PROTOCOL.md, "UDP".
@@ -1205,8 +1208,8 @@ def find_all(subject: Subject) -> Iterator[Finding]:
 # ---------------------------------------------------------------------------------------
 
 
-def read_environment(path: str) -> list[str]:
-    """Return the relay's flags from a file as systemd reads it (systemd.exec(5)).
+def read_environment(path: str) -> dict[str, str]:
+    """Return the variables that a file sets, as systemd reads it (systemd.exec(5)).
 
     Raises AdminError.
     """
@@ -1218,12 +1221,12 @@ def read_environment(path: str) -> list[str]:
         raise AdminError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise AdminError(f"{path}: not UTF-8") from None
-    words = []
+    found = {}
     for line in text.replace("\\\n", "").splitlines():
-        name, _, value = line.strip().partition("=")
-        if name == "FLAGS":
-            words = _split(_unquoted(value), path)
-    return words
+        name, equals, value = line.strip().partition("=")
+        if equals and not name.startswith(COMMENTS):
+            found[name] = _unquoted(value)
+    return found
 
 
 def _unquoted(value: str) -> str:
@@ -1251,23 +1254,25 @@ def _is_there(path: str) -> bool:
 
 
 class Words(NamedTuple):
-    """The relay's flags as they are written, and where."""
+    """The relay's flags as they are written, and where; and what it finds in the environment."""
 
     words: Sequence[str]
     origin: str
+    environ: Mapping[str, str]
 
 
 def find_words(arguments: argparse.Namespace) -> Words:
-    """Return the relay's flags by the command line, the environment file, or the defaults.
+    """Return the relay's flags by the command line, the environment file, or the environment.
 
     Raises AdminError.
     """
     if arguments.flags is not None:
-        return Words(_split(arguments.flags, "--flags"), "--flags")
+        return Words(_split(arguments.flags, "--flags"), "--flags", os.environ)
     if arguments.env or _is_there(ENVIRONMENT_FILE):
         path = arguments.env or ENVIRONMENT_FILE
-        return Words(read_environment(path), path)
-    return Words((), "the defaults")
+        environ = read_environment(path)
+        return Words(_split(environ.get("FLAGS", ""), path), path, environ)
+    return Words((), "the environment and the defaults", os.environ)
 
 
 def parse_flags(found: Words) -> argparse.Namespace:
@@ -1275,7 +1280,7 @@ def parse_flags(found: Words) -> argparse.Namespace:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
-            return build_parser("connectoid-relay").parse_args(found.words)
+            return build_parser("connectoid-relay", found.environ).parse_args(found.words)
     except SystemExit:
         text = errors.getvalue().strip().removeprefix("connectoid-relay: error: ")
         raise AdminError(f"{found.origin}: {text}") from None
@@ -1283,7 +1288,7 @@ def parse_flags(found: Words) -> argparse.Namespace:
 
 def find_subject(arguments: argparse.Namespace) -> Subject:
     """Return what the command line is about; a mistake in the relay's flags stands in it."""
-    found = Words((), "the defaults")
+    found = Words((), "the defaults", NO_VARIABLES)
     flags = parse_flags(found)
     mistake = ""
     try:
@@ -1480,8 +1485,8 @@ class _Commands:
             "--db", metavar="FILE", help="the relay's database (default: as its flags say, else"
                                          " connectoid.db, in $STATE_DIRECTORY if set)")
         self._common.add_argument(
-            "--env", metavar="FILE", help="a file with the relay's flags in FLAGS= (default:"
-                                          f" {ENVIRONMENT_FILE}, if it is there)")
+            "--env", metavar="FILE", help="a file with the relay's flags in FLAGS=, or its variables"
+                                          f" (default: {ENVIRONMENT_FILE}, if it is there)")
         self._common.add_argument(
             "--flags", metavar="TEXT", help="the relay's flags themselves, in one argument")
 

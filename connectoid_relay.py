@@ -5123,8 +5123,77 @@ def _web_address(text: str) -> str:
     return text
 
 
+# For parsers that take flags alone.
+NO_VARIABLES: Mapping[str, str] = {}
+# What the variable of a flag without a value may say.
+_SWITCHES: Mapping[str, bool] = {
+    "1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
+
+
+def variable_of(flag: str) -> str:
+    """Return the environment variable that says what a flag would."""
+    return "CONNECTOID_" + flag.removeprefix("--").replace("-", "_").upper()
+
+
+def _value_of(action: argparse.Action, text: str) -> object:
+    """Return what a flag makes of a word; raise ArgumentTypeError."""
+    if action.choices and text not in action.choices:
+        choices = " or ".join(action.choices)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {choices}")
+    if callable(action.type):
+        return action.type(text)
+    return text
+
+
+def _value_of_variable(action: argparse.Action, text: str) -> object:
+    """Return what a variable says instead of a flag; raise ArgumentTypeError."""
+    if action.nargs == 0:
+        if text.lower() not in _SWITCHES:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(_SWITCHES)}")
+        return _SWITCHES[text.lower()]
+    if isinstance(action.default, list):
+        return [_value_of(action, word) for word in text.split()]
+    return _value_of(action, text)
+
+
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, and whose flags may be variables instead.
+
+    An empty variable says nothing, as one that is not set.
+    """
+
+    def __init__(self, environ: Mapping[str, str], **settings: Any) -> None:
+        self._environ = environ
+        self._variables: dict[str, argparse.Action] = {}
+        super().__init__(**settings)
+
+    def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
+        action = super().add_argument(*flags, **settings)
+        # --help and --version set nothing.
+        if action.default != argparse.SUPPRESS:
+            self._variables[variable_of(flags[-1])] = action
+        return action
+
+    def parse_known_args(  # type: ignore[override]
+            self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None,
+            ) -> tuple[argparse.Namespace, list[str]]:
+        """Take from the environment what no flag says."""
+        said = {name: action for name, action in self._variables.items() if self._environ.get(name)}
+        # No flag gives None, so what stays None was not given.
+        namespace = namespace or argparse.Namespace()
+        for action in said.values():
+            setattr(namespace, action.dest, None)
+        found, rest = super().parse_known_args(args, namespace)
+        for name, action in said.items():
+            if getattr(found, action.dest) is None:
+                setattr(found, action.dest, self._read_variable(name, action))
+        return found, rest
+
+    def _read_variable(self, name: str, action: argparse.Action) -> object:
+        try:
+            return _value_of_variable(action, self._environ[name])
+        except argparse.ArgumentTypeError as error:
+            self.error(f"variable {name}: {error}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
@@ -5135,13 +5204,20 @@ def flag_of(limit: str) -> str:
     return "--" + limit.removesuffix("_s").replace("_", "-")
 
 
-def build_parser(prog: str = "connectoid_relay.py") -> argparse.ArgumentParser:
-    """Return the parser of the command line: docs/hosting.md, "Flags"."""
+def build_parser(prog: str = "connectoid_relay.py",
+                 environ: Mapping[str, str] = NO_VARIABLES) -> argparse.ArgumentParser:
+    """Return the parser of the command line: docs/hosting.md, "Flags".
+
+    What no flag says it takes from `environ`.
+    """
     parser = _Parser(
+        environ,
         prog=prog, usage="%(prog)s [flag ...] (--help lists them)", allow_abbrev=False,
         description="Keep small encrypted messages for an hour.",
         epilog="The defaults suit a Raspberry Pi. Stop it with Ctrl-C or SIGTERM."
-               " * Read again on SIGHUP.")
+               " * Read again on SIGHUP. An environment variable may say what a flag does:"
+               " CONNECTOID_MAX_BYTES for --max-bytes; the flag wins. Where a flag may be"
+               " repeated, blanks part the values; a flag without a value is 1 or 0.")
     parser.add_argument("--version", action="version", version=f"connectoid relay {__version__}")
     _add_server_flags(parser)
     _add_access_flags(parser)
@@ -5434,7 +5510,7 @@ def handle_signals(server: RelayServer, asked: threading.Event) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 stopped, 1 failed; 2 (usage) exits."""
-    return run_command(build_parser(os.path.basename(sys.argv[0])), argv, serve)
+    return run_command(build_parser(os.path.basename(sys.argv[0]), os.environ), argv, serve)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import connectoid_relay
-from connectoid_relay import Limits, Relay, SettingError, log, run_command, serve
+from connectoid_relay import NO_VARIABLES, Limits, Relay, SettingError, log, run_command, serve
 
 try:
     from dynamodb_store import DynamoDbStore, check_limits, create_table, make_client
@@ -44,9 +44,10 @@ def _table_name(text: str) -> str:
     return text
 
 
-def build_parser(prog: str = "server.py") -> argparse.ArgumentParser:
+def build_parser(prog: str = "server.py",
+                 environ: Mapping[str, str] = NO_VARIABLES) -> argparse.ArgumentParser:
     """Return the relay's parser with the flags for a table instead of a file."""
-    parser = connectoid_relay.build_parser(prog)
+    parser = connectoid_relay.build_parser(prog, environ)
     parser.set_defaults(db=None, sync=None)
     parser.add_argument(
         "--table", metavar="NAME", type=_table_name, default="connectoid",
@@ -84,7 +85,8 @@ def serve_table(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 stopped, 1 failed; 2 (usage) exits."""
-    return run_command(build_parser(os.path.basename(sys.argv[0])), argv, serve_table)
+    parser = build_parser(os.path.basename(sys.argv[0]), os.environ)
+    return run_command(parser, argv, serve_table)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,14 @@ from harness import (
     until,
 )
 
-from connectoid_relay import Limits, SqliteStore, __version__, flag_of
+from connectoid_relay import (
+    Limits,
+    SqliteStore,
+    __version__,
+    build_parser,
+    flag_of,
+    variable_of,
+)
 
 # ---------------------------------------------------------------------------------------
 # The command line, as a process: flags, words, exit codes, signals, the log.
@@ -160,6 +167,75 @@ def test_wrong_flags_are_a_usage_error(flags: list[str], tmp_path: Path) -> None
     assert any(flag in finished.stderr for flag in flags)
     assert "Traceback" not in finished.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+# A value for each kind of flag; --max-bytes stands for all limits.
+SAID = {
+    "--host": "127.0.0.1",
+    "--port": "0",
+    "--db": "other.db",
+    "--sync": "normal",
+    "--udp": "1",
+    "--stun": "Yes",
+    "--turn": "turn:a.example.com turns:b.example.com",
+    "--turn-secret": "a file",
+    "--tls-cert": "fullchain.pem",
+    "--tls-key": "privkey.pem",
+    "--keys": "keys.toml",
+    "--deny": "denied",
+    "--trusted-proxy": "127.0.0.0/8 ::1/128",
+    "--name": "Alice's relay",
+    "--contact": "alice@example.com",
+    "--notice": "closed at night",
+    "--price-url": "https://example.com/",
+    "--log-ips": "true",
+    **{flag_of(name): "7777" for name in Limits._fields},
+}
+
+
+def words_of(flag: str, text: str) -> list[str]:
+    """Return the flags that say what a variable does."""
+    if flag in ("--udp", "--stun", "--log-ips"):
+        return [flag]
+    if flag in ("--turn", "--trusted-proxy"):
+        return [word for value in text.split() for word in (flag, value)]
+    return [flag, text]
+
+
+@pytest.mark.parametrize("flag", FLAGS[2:])
+def test_variable_says_what_its_flag_does(flag: str) -> None:
+    by_flag = build_parser().parse_args(words_of(flag, SAID[flag]))
+    by_variable = build_parser(environ={variable_of(flag): SAID[flag]}).parse_args([])
+    assert by_variable == by_flag
+    assert by_variable != build_parser().parse_args([])
+
+
+def test_flag_wins_over_its_variable() -> None:
+    words = ["--port", "1", "--name", "Flag", "--trusted-proxy", "::1", "--udp"]
+    environ = {
+        "CONNECTOID_PORT": "none", "CONNECTOID_NAME": "Variable", "CONNECTOID_UDP": "0",
+        "CONNECTOID_TRUSTED_PROXY": "127.0.0.1 ::2"}
+    assert build_parser(environ=environ).parse_args(words) == build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("text", ["", "0", "No", "false"])
+def test_switch_stays_off_where_its_variable_says_so(text: str) -> None:
+    environ = {"CONNECTOID_UDP": text, "CONNECTOID_PORT": ""}
+    assert build_parser(environ=environ).parse_args([]) == build_parser().parse_args([])
+
+
+@pytest.mark.parametrize(("flag", "text"), [
+    ("--port", "80.0"), ("--udp", "2"), ("--sync", "off"), ("--trusted-proxy", "127.0.0.1 x"),
+    ("--turn", "turn:a,turn:b"), ("--rate", "-1"), ("--name", os.fsdecode(b"\xff"))])
+def test_wrong_variable_is_a_usage_error_that_names_it(
+        flag: str, text: str, tmp_path: Path) -> None:
+    environ = {**os.environ, variable_of(flag): text}
+    finished = run_relay(cwd=tmp_path, env=environ)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    start = f"connectoid_relay.py: error: variable {variable_of(flag)}: "
+    assert finished.stderr.startswith(start)
+    assert finished.stderr.count("\n") == 1
+    assert run_relay("--version", cwd=tmp_path, env=environ).returncode == 0
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])

@@ -46,8 +46,10 @@ from harness import (
 from connectoid_admin import (
     Finding,
     back_up,
+    build_admin_parser,
     check_version,
     find_all,
+    find_subject,
     main,
     parse_metrics,
     read_environment,
@@ -373,16 +375,38 @@ def test_what_root_makes_belongs_to_the_relays_user(tmp_path: Path, path: str) -
 
 def test_environment_is_read_as_systemd_reads_it(tmp_path: Path) -> None:
     file = tmp_path / "relay.env"
-    for text, words in (
-        ("FLAGS=--port 80\n", ["--port", "80"]),
-        ('FLAGS="--port 80"\n', ["--port", "80"]),
-        ("# FLAGS=1\nOTHER=2\n", []),
-        ("FLAGS=\n", []),
-        ("FLAGS=--name 'My relay' --udp", ["--name", "My relay", "--udp"]),
-        ("FLAGS=--port 80 \\\n  --udp\n", ["--port", "80", "--udp"]),
+    for text, variables in (
+        ("FLAGS=--port 80\n", {"FLAGS": "--port 80"}),
+        ('FLAGS="--port 80"\n', {"FLAGS": "--port 80"}),
+        ("# FLAGS=1\n;FLAGS=1\nno line of a variable\nOTHER=2\n", {"OTHER": "2"}),
+        ("FLAGS=\n", {"FLAGS": ""}),
+        ("FLAGS=--name 'My relay' --udp", {"FLAGS": "--name 'My relay' --udp"}),
+        ("FLAGS=--port 80 \\\n  --udp\nFLAGS=--stun", {"FLAGS": "--stun"}),
+        ("FLAGS=--port 80 \\\n  --udp\n", {"FLAGS": "--port 80   --udp"}),
     ):
         file.write_text(text)
-        assert read_environment(str(file)) == words
+        assert read_environment(str(file)) == variables
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "FLAGS=--db mine.db --port 80 --name 'My relay' --udp",
+        'CONNECTOID_DB=mine.db\nCONNECTOID_PORT=80\nCONNECTOID_NAME="My relay"\nCONNECTOID_UDP=1',
+        "FLAGS=--db mine.db --port 80 --udp\nCONNECTOID_PORT=81\nCONNECTOID_NAME=My relay",
+    ])
+def test_flags_are_those_of_the_environment_file(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "relay.env"
+    file.write_text(text)
+    words = ["stats", "--env", str(file)]
+    flags = find_subject(build_admin_parser().parse_args(words)).flags
+    assert (flags.db, flags.port, flags.name, flags.udp) == ("mine.db", 80, "My relay", True)
+
+
+def test_wrong_variable_is_told_by_its_name(tmp_path: Path) -> None:
+    code, output, _ = admin("check", cwd=tmp_path, CONNECTOID_RATE="many")
+    assert code == 1
+    assert "flags: the environment and the defaults: variable CONNECTOID_RATE: 'many'" in output
 
 
 def test_database_is_the_one_of_the_relays_flags_or_of_its_folder(tmp_path: Path) -> None:
