@@ -35,7 +35,11 @@ bench-quick: .venv/ready
 install-test:
 	sh deploy/install_test.sh
 
+# The relay in a container, as root: a minute. Says what it lacks where it cannot.
+container-test:
+	sh deploy/container_test.sh
+
 clean:
 	rm -rf .venv bench/node_modules build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: bench bench-quick check check-style clean install-test quick
+.PHONY: bench bench-quick check check-style clean container-test install-test quick

@@ -1086,8 +1086,7 @@ def check_relay(subject: Subject) -> Iterator[Finding]:
     flags = subject.flags
     health = ask(url, "/health", verified=False)
     if health.status != http.HTTPStatus.OK:
-        detail = _document(health).get("detail", "no reason given")
-        yield Finding(BAD, "relay", f"{url} is not well: {detail}")
+        yield Finding(BAD, "relay", _illness(url, health))
     document = _document(ask(url, "/", verified=False))
     if document.get("software") != "connectoid_relay":
         yield Finding(BAD, "relay", f"{url} is another program")
@@ -1099,6 +1098,11 @@ def check_relay(subject: Subject) -> Iterator[Finding]:
             text = f"shows another certificate than {flags.tls_cert}; reload it"
             yield Finding(ODD, "relay", text)
     yield from _check_datagrams("relay", url, flags)
+
+
+def _illness(url: str, health: Answer) -> str:
+    """Return what a relay that is not well says of it."""
+    return f"{url} is not well: {_document(health).get('detail', 'no reason given')}"
 
 
 def _compare_version(url: str, version: object) -> Finding:
@@ -1319,6 +1323,16 @@ def _check(arguments: argparse.Namespace) -> int:
     return code
 
 
+def _tell_health(arguments: argparse.Namespace) -> int:
+    url = find_subject(arguments).local_url
+    health = ask(url, "/health", verified=False)
+    if health.status != http.HTTPStatus.OK:
+        raise AdminError(_illness(url, health))
+    if not arguments.quiet:
+        say(f"{url} is well")
+    return 0
+
+
 def _back_up(arguments: argparse.Namespace) -> int:
     path = find_subject(arguments).path
     target = back_up(path, arguments.target, without_messages=arguments.without_messages)
@@ -1468,6 +1482,7 @@ def build_admin_parser(prog: str = "connectoid-admin") -> argparse.ArgumentParse
     parser.add_argument("--version", action="version", version=f"connectoid admin {__version__}")
     commands = _Commands(parser)
     _add_check(commands)
+    _add_health(commands)
     _add_backup(commands)
     _add_restore(commands)
     _add_stats(commands)
@@ -1508,6 +1523,12 @@ def _add_check(commands: _Commands) -> None:
     command.add_argument(
         "--url", type=_address, help="the address that others use, to check that as well")
     command.add_argument("-q", "--quiet", action="store_true", help="print only what is not OK")
+
+
+def _add_health(commands: _Commands) -> None:
+    command = commands.add(
+        "health", _tell_health, "ask the running relay whether it is well; for container engines")
+    command.add_argument("-q", "--quiet", action="store_true", help="say nothing if it is")
 
 
 def _add_backup(commands: _Commands) -> None:

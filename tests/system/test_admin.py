@@ -460,7 +460,7 @@ def test_wrong_usage_is_one_line_and_2(words: list[str]) -> None:
 def test_every_command_has_its_help() -> None:
     code, output, _ = admin("--help")
     assert code == 0
-    for command in ("check", "backup", "restore", "stats", "delete"):
+    for command in ("check", "health", "backup", "restore", "stats", "delete"):
         assert f"    {command} " in output
         assert admin(command, "--help")[0] == 0
     assert admin("--version") == (0, f"connectoid admin {__version__}\n", "")

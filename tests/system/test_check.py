@@ -93,6 +93,29 @@ def test_check_tells_an_ill_relay(path: str, clock: FakeClock) -> None:
         )
 
 
+def health(port: int, *words: str) -> tuple[int, str, str]:
+    """Ask a relay on this machine, which variables name."""
+    return admin("health", *words, CONNECTOID_HOST="127.0.0.1", CONNECTOID_PORT=str(port))
+
+
+def test_health_is_asked_and_told(path: str, clock: FakeClock) -> None:
+    with serving(Relay(SqliteStore(path), clock=clock.clock)) as server:
+        url = f"http://127.0.0.1:{server.server_port}/"
+        assert health(server.server_port) == (0, f"{url} is well\n", "")
+        assert health(server.server_port, "-q") == (0, "", "")
+    told = f"connectoid-admin: {url} does not answer: Connection refused\n"
+    assert health(server.server_port) == (1, "", told)
+
+
+def test_health_is_asked_of_an_ill_relay(path: str, clock: FakeClock) -> None:
+    relay = Relay(SqliteStore(path), clock=clock.clock)
+    with serving(relay) as server:
+        relay.store.close()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        told = f"connectoid-admin: {url} is not well: The store cannot be read or written.\n"
+        assert health(server.server_port, "-q") == (1, "", told)
+
+
 def test_check_tells_another_program_at_the_relays_port() -> None:
     with http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), http.server.BaseHTTPRequestHandler
