@@ -1500,8 +1500,9 @@ class _Commands:
             "--db", metavar="FILE", help="the relay's database (default: as its flags say, else"
                                          " connectoid.db, in $STATE_DIRECTORY if set)")
         self._common.add_argument(
-            "--env", metavar="FILE", help="a file with the relay's flags in FLAGS=, or its variables"
-                                          f" (default: {ENVIRONMENT_FILE}, if it is there)")
+            "--env", metavar="FILE", help="a file with the relay's flags in FLAGS=, or with its"
+                                          " variables (default:"
+                                          f" {ENVIRONMENT_FILE}, if it is there)")
         self._common.add_argument(
             "--flags", metavar="TEXT", help="the relay's flags themselves, in one argument")
 
