@@ -13,6 +13,9 @@ from connectoid.roster import Roster
 from connectoid.steps import Steps
 from connectoid.store import StoreError
 
+# What is said of a connection that brought what it must not.
+REFUSED = {"refused": WRONG, "too_large": TOO_LARGE}
+
 
 class Reports:
     """Take reports, and refuse connections that bring what they must not."""
@@ -30,10 +33,9 @@ class Reports:
         channel = self._carrier.channels.get(number)
         # Here, behind every adapter; and before the channel is proven as well.
         if event == "message" and is_too_large(value):
-            self._refuse(number, attempt_id, TOO_LARGE)
-            return
-        if event == "refused":
-            self._refuse(number, attempt_id, WRONG)
+            event = "too_large"
+        if event in REFUSED:
+            self._refuse(number, attempt_id, REFUSED[event])
             return
         if event == "message" and channel is not None and channel.attempt_id == attempt_id:
             # This is the way of all data: no machine.

@@ -3,16 +3,27 @@
 aiortc trusts the lengths and numbers in a packet: a parameter that says it has no bytes is read for
 ever, and a range that was never sent is counted through. So each packet is looked at first, as an
 SDP is by `check_sdp`. What breaks RFC 9260, or is of no use to one reliable channel, ends the
-connection. Where another version of aiortc has other names, it sees everything.
+connection. What aiortc fails at does the same.
+
+And aiortc goes on where an association is over for us: while it says goodbye, and while a channel
+is closed by both ends in turn. The other would decide how long that takes, and the channel would
+count as open. So it ends at once.
+
+Where another version of aiortc has other names, it sees everything.
 """
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-NEEDED = ("_cwnd", "_handle_data", "_local_tsn")
+from connectoid.shown import shown
+
+NEEDED = (
+    "State", "_association_state", "_cwnd", "_data_channel_closed", "_data_channel_inbound_reset",
+    "_data_channels", "_handle_data", "_local_tsn", "_set_state")
 # Sent and not yet acknowledged. aiortc knows no ceiling, and each SACK walks over all of it. A
 # contact that confirms everything for a while, and then nothing, would decide how much
 # is kept. It is as much as our own queue holds, and enough for 13 Mbit/s at a round trip of 600 ms.
@@ -57,6 +68,8 @@ PARAMETERS_AT: Mapping[int, int] = {
     INIT: 16, INIT_ACK: 16, HEARTBEAT: 0, HEARTBEAT_ACK: 0, ABORT: 0, ERROR: 0, RECONFIG: 0}
 
 TSNS = 2**32
+
+log = logging.getLogger("connectoid")
 
 
 class BadPacketError(ValueError):
@@ -169,21 +182,44 @@ class SctpGate:
         if self._is_over:
             return
         try:
-            self._check(packet)
-        except BadPacketError:
+            kinds = self._check(packet)
+            # A late one would have aiortc begin anew: RFC 9260, section 5.2.2.
+            if INIT in kinds and self._is_established:
+                return
+            await self._handle(packet)
+        except ConnectionError:
+            # DTLS has ended, and says so itself.
+            raise
+        except Exception as error:
+            log.info("WebRTC: %s", shown(repr(error)))
             self._is_over = True
             self._refuse()
         else:
-            await self._handle(packet)
             self._transport._cwnd = min(self._transport._cwnd, MAX_UNCONFIRMED_BYTES)
+            self._end_what_ends(kinds)
 
-    def _check(self, packet: bytes) -> None:
-        for kind, body in read_chunks(packet):
+    @property
+    def _is_established(self) -> bool:
+        return self._transport._association_state is self._transport.State.ESTABLISHED
+
+    def _end_what_ends(self, kinds: set[int]) -> None:
+        """Close the channel that the other end closes, and the association that it leaves."""
+        transport = self._transport
+        for stream_id in transport._data_channel_inbound_reset & set(transport._data_channels):
+            transport._data_channel_closed(stream_id)
+        if SHUTDOWN in kinds:
+            transport._set_state(transport.State.CLOSED)
+
+    def _check(self, packet: bytes) -> set[int]:
+        """Return the types of the chunks of a packet; raise BadPacketError."""
+        chunks = read_chunks(packet)
+        for kind, body in chunks:
             check_chunk(kind, body)
             if kind == SACK:
                 check_sack(body, (self._transport._local_tsn - 1) % TSNS)
             elif kind == DATA:
                 self._check_stream(body)
+        return {chunk.kind for chunk in chunks}
 
     def _check_stream(self, body: bytes) -> None:
         """Raise BadPacketError for a second stream: aiortc keeps something for each of 65,536."""

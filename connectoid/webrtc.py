@@ -39,10 +39,9 @@ class WebRTC(Protocol):
 
     All calls come on the runner's event loop, none of them may block it, and all reports are
     made there. Reports are (contact, event, attempt_id, value): `gathered` with an offer, an answer
-    or None, `opened`, `message` with bytes or str, `trouble` with what a
-    server refuses, in words, `refused` when something came that no honest
-    app sends, `silent` when the other end has not answered for a while,
-    `closed`.
+    or None, `opened`, `message` with bytes or str, `trouble` with what a server refuses, in words,
+    `refused` when something came that no honest app sends, `too_large` when that is a message of
+    over 64 KiB, `silent` when the other end has not answered for a while, `closed`.
     """
 
     def start(self, report: Report) -> None:
@@ -111,6 +110,8 @@ class Peer:
     connection: Any
     # Set once no more are opened for it.
     has_all_sockets: asyncio.Event
+    # Set when there is room for more, or the channel has ended.
+    may_go_on: asyncio.Event
     channel: Any = None
     consent: Consent | None = None
     # Whether the other end broke the rules: it is owed nothing more.
@@ -181,14 +182,14 @@ class AiortcAdapter:
         try:
             channel.send(message)
         except Exception as error:
-            # A channel that loses a message is of no use.
-            channel.close()
+            # A channel that loses a message is of no use. To close it takes the other end.
+            self._report(contact, "closed", attempt_id, None)
             raise ConnectionError(str(error)) from error
         if channel.bufferedAmount > MAX_BUFFERED_BYTES:
-            low = asyncio.Event()
-            channel.once("bufferedamountlow", low.set)
-            channel.once("close", low.set)
-            await low.wait()
+            peer.may_go_on.clear()
+            await peer.may_go_on.wait()
+            if peer.open_channel is None:
+                raise ConnectionError("the channel was closed with messages waiting")
 
     def close(self, contact: int, attempt_id: int) -> None:
         """Close the peer connection, once what was sent has arrived."""
@@ -238,7 +239,7 @@ class AiortcAdapter:
         if relay_only:
             configuration.iceTransportPolicy = self._aiortc.RTCIceTransportPolicy.RELAY
         connection = self._aiortc.RTCPeerConnection(configuration)
-        return Peer(attempt_id, connection, asyncio.Event())
+        return Peer(attempt_id, connection, asyncio.Event(), asyncio.Event())
 
     async def _describe(
         self, contact: int, peer: Peer, offer: Description | None, ice: Ice,
@@ -260,7 +261,8 @@ class AiortcAdapter:
         sctp = peer.connection.sctp
         refuse = functools.partial(self._refuse, contact, peer)
         guard_sctp(sctp, refuse)
-        bound_association(sctp, refuse, may_open=peer.channel is None)
+        refuse_size = functools.partial(self._refuse, contact, peer, "too_large")
+        bound_association(sctp, refuse, refuse_size, may_open=peer.channel is None)
         connection = sctp.transport.transport._connection
         warn = functools.partial(report, "trouble", peer.attempt_id)
         gather_in_time(
@@ -288,15 +290,17 @@ class AiortcAdapter:
         channel.bufferedAmountLowThreshold = MAX_BUFFERED_BYTES // 2
         opened = functools.partial(self._report, contact, "opened", peer.attempt_id, None)
         channel.on("open", opened)
+        channel.on("bufferedamountlow", peer.may_go_on.set)
+        channel.on("close", peer.may_go_on.set)
         channel.on("message", functools.partial(self._report, contact, "message", peer.attempt_id))
         channel.on(
             "close", functools.partial(self._report, contact, "closed", peer.attempt_id, None))
         if channel.readyState == "open":
             opened()
 
-    def _refuse(self, contact: int, peer: Peer) -> None:
+    def _refuse(self, contact: int, peer: Peer, event: str = "refused") -> None:
         peer.is_refused = True
-        self._report(contact, "refused", peer.attempt_id, None)
+        self._report(contact, event, peer.attempt_id, None)
 
     def _changed(self, contact: int, peer: Peer) -> None:
         """Notice the end of a connection that was open; any other just runs out of time."""

@@ -74,6 +74,9 @@ class Peer {
     this._isDoubted = false;
     // Aborted when the other end answers again.
     this._missed = new AbortController();
+    // Calls for those who wait for room.
+    /** @type {(() => void)[]} */
+    this._waiting = [];
   }
 
   /**
@@ -149,9 +152,41 @@ class Peer {
     channel.binaryType = "arraybuffer";
     channel.bufferedAmountLowThreshold = MAX_BUFFERED_BYTES / 2;
     channel.onmessage = ({ data }) => this.tell("message", asMessage(data));
-    channel.onclose = () => this.tell("closed");
+    channel.onclose = () => this._channelEnds();
+    // The other end takes part in it, when it likes.
+    channel.onclosing = () => this._channelEnds();
+    channel.onbufferedamountlow = () => this._goOn();
     channel.onopen = () => this.tell("opened");
     if (channel.readyState === "open") this.tell("opened");
+  }
+
+  /**
+   * Send, and resolve when there is room for more; throw NotConnectedError.
+   * @param {Bytes | string} message
+   */
+  async send(message) {
+    const { channel } = this;
+    if (channel?.readyState !== "open") throw new NotConnectedError(CLOSED);
+    try {
+      channel.send(/** @type {any} */ (message));
+    } catch {
+      // A channel that loses a message is of no use. To close it takes the other end.
+      this.tell("closed");
+      throw new NotConnectedError(CLOSED);
+    }
+    if (channel.bufferedAmount <= MAX_BUFFERED_BYTES) return;
+    await new Promise((resolve) => this._waiting.push(() => resolve(null)));
+    if (channel.readyState !== "open") throw new NotConnectedError(CLOSED);
+  }
+
+  _channelEnds() {
+    this.tell("closed");
+    this._goOn();
+  }
+
+  /** Let those go on who wait for room. */
+  _goOn() {
+    for (const goOn of this._waiting.splice(0)) goOn();
   }
 
   /**
@@ -175,6 +210,8 @@ class Peer {
     this.isClosed = true;
     this._missed.abort();
     this.connection?.close();
+    // A browser may tell nobody of a channel that ends so.
+    this._goOn();
   }
 }
 
@@ -227,16 +264,9 @@ export class PeerAdapter {
 
   /** @type {WebRTC["write"]} */
   async write(contact, attemptId, message) {
-    const channel = this._of(contact, attemptId)?.channel;
-    if (channel?.readyState !== "open") throw new NotConnectedError(CLOSED);
-    try {
-      channel.send(/** @type {any} */ (message));
-    } catch {
-      // A channel that loses a message is of no use.
-      channel.close();
-      throw new NotConnectedError(CLOSED);
-    }
-    if (channel.bufferedAmount > MAX_BUFFERED_BYTES) await hasRoom(channel);
+    const peer = this._of(contact, attemptId);
+    if (!peer) throw new NotConnectedError(CLOSED);
+    await peer.send(message);
   }
 
   /** @type {WebRTC["close"]} */
@@ -343,14 +373,6 @@ function allGathered(connection) {
  */
 function isClosed(channel) {
   return new Promise((resolve) => {
-    channel.addEventListener("close", resolve, { once: true });
-  });
-}
-
-/** @param {RTCDataChannel} channel */
-function hasRoom(channel) {
-  return new Promise((resolve) => {
-    channel.addEventListener("bufferedamountlow", resolve, { once: true });
     channel.addEventListener("close", resolve, { once: true });
   });
 }

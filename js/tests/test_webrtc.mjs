@@ -48,7 +48,18 @@ class FakeConnection {
 
   close() {
     this.isClosed = true;
+    if (this.made) this.made.readyState = "closed";
   }
+}
+
+/** Return an adapter with a channel that is open, and what it reports from now on. */
+async function opened() {
+  const reports = [];
+  const adapter = new PeerAdapter(FakeConnection, async () => {});
+  adapter.start((contact, event) => reports.push(event));
+  await adapter.gather(1, 7, null, Promise.resolve({ iceServers: [] }));
+  reports.length = 0;
+  return { adapter, channel: FakeConnection.last.made, reports };
 }
 
 /** Let all go on that waits for nothing. */
@@ -83,12 +94,55 @@ test("a channel that is not ordered and reliable, or has another label, is refus
   }
 });
 
-test("a channel that takes no message ends as one that is closed", async () => {
-  const adapter = new PeerAdapter(FakeConnection, async () => {});
-  adapter.start(() => {});
-  await adapter.gather(1, 7, null, Promise.resolve({ iceServers: [] }));
+test("a channel that takes no message is told as closed, without the other end", async () => {
+  const { adapter, reports } = await opened();
   await assert.rejects(adapter.write(1, 7, "Hello"), NotConnectedError);
-  assert.equal(FakeConnection.last.made.readyState, "closed");
+  assert.deepEqual(reports, ["closed"]);
+});
+
+test("a channel that the other end begins to close is told, however long that takes", async () => {
+  const { adapter, channel, reports } = await opened();
+  channel.readyState = "closing";
+  channel.onclosing();
+  assert.deepEqual(reports, ["closed"]);
+  await assert.rejects(adapter.write(1, 7, "Hello"), NotConnectedError);
+});
+
+/** Begin to send what has no room; return the promise, and a list with what became of it. */
+function sendMuch({ adapter, channel }) {
+  channel.send = () => {
+    channel.bufferedAmount = 2_000_000;
+  };
+  const outcomes = [];
+  const sending = adapter.write(1, 7, "Hello").then(
+    () => outcomes.push("sent"), (error) => outcomes.push(error.name));
+  return { sending, outcomes };
+}
+
+test("whoever waits for room goes on once there is some, or the channel ends", async () => {
+  const ends = [
+    ["sent", ({ channel }) => channel.onbufferedamountlow()],
+    ["NotConnectedError", ({ channel }) => {
+      channel.readyState = "closing";
+      channel.onclosing();
+    }],
+    ["NotConnectedError", ({ channel }) => {
+      channel.readyState = "closed";
+      channel.onclose();
+    }],
+    // A browser tells nobody of channels whose connection is closed here.
+    ["NotConnectedError", ({ adapter }) => adapter.close(1, 7)],
+  ];
+  for (const [outcome, end] of ends) {
+    const one = await opened();
+    const { sending, outcomes } = sendMuch(one);
+    await Promise.resolve();
+    assert.deepEqual(outcomes, []);
+    end(one);
+    await sending;
+    assert.deepEqual(outcomes, [outcome]);
+    assert.deepEqual(one.adapter._peers.get(1)?._waiting ?? [], []);
+  }
 });
 
 test("a connection ends once its channel has closed, or after 5 s", async () => {

@@ -25,6 +25,7 @@ from apps import (
     until,
 )
 from fake_sdp import make_sdp
+from two_ends import TwoEnds, run_two_ends
 
 from connectoid import (
     AiortcAdapter,
@@ -41,20 +42,15 @@ from connectoid import (
     seal_message,
     sign_jws,
 )
-from connectoid.channel import WRONG
+from connectoid.channel import TOO_LARGE, WRONG
 from connectoid.clock import system_now
 from connectoid.encoding import encode_base64url
 from connectoid.limits import MAX_CANDIDATES, MAX_CHANNEL_BYTES
-from connectoid.reassembly import MAX_MESSAGE_FRAGMENTS
 from connectoid.webrtc import Description
 from connectoid_relay import Relay
 
 aiortc = pytest.importorskip("aiortc")
-rtcsctptransport = pytest.importorskip("aiortc.rtcsctptransport")
 ice = pytest.importorskip("aioice.ice")
-
-# A flag of a DATA chunk: RFC 9260, section 3.3.1.
-FIRST_FRAGMENT = 0x02
 
 
 class WatchedAdapter(AiortcAdapter):
@@ -199,7 +195,7 @@ def test_message_of_16_mib_is_refused_while_it_comes(
         peer.channel.send(bytes(16 * 1_048_576))
 
     bob.loop_thread.call(send)
-    with pytest.raises(NotConnectedError, match=WRONG):
+    with pytest.raises(NotConnectedError, match=TOO_LARGE):
         here.receive(SOON_S)
     assert there.closed.wait(SOON_S)
 
@@ -209,29 +205,19 @@ async def open_another_channel(peer: Any) -> None:
     peer.connection.createDataChannel("x" * 60_000)
 
 
-async def send_small_fragments(peer: Any) -> None:
-    """Begin a message of one byte in each fragment."""
-    sctp = peer.connection.sctp
-    first = sctp._local_tsn
-    # Bob's own gate takes the SACKs for them.
-    sctp._local_tsn = (first + MAX_MESSAGE_FRAGMENTS) % 2**32
-    for number in range(MAX_MESSAGE_FRAGMENTS):
-        chunk = rtcsctptransport.DataChunk(FIRST_FRAGMENT * (number == 0))
-        chunk.tsn = (first + number) % 2**32
-        chunk.stream_id = peer.channel.id
-        chunk.stream_seq = sctp._outbound_stream_seq[peer.channel.id]
-        chunk.user_data = b"x"
-        await sctp._send_chunk(chunk)
+async def send_no_text(peer: Any) -> None:
+    """Send a text that is no UTF-8."""
+    await peer.connection.sctp._send(peer.channel.id, 51, b"\xff")
 
 
 ABUSES: Mapping[str, Callable[[Any], Coroutine[Any, Any, None]]] = {
     "channel": open_another_channel,
-    "fragments": send_small_fragments,
+    "text": send_no_text,
 }
 
 
 @pytest.mark.parametrize("what", ABUSES)
-def test_contact_who_has_webrtc_gather_much_loses_the_connection(
+def test_contact_who_sends_what_nobody_may_loses_the_connection(
     apps: Apps, relay_url: str, what: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A whole message of 64 KiB comes through before that, either way."""
@@ -273,6 +259,39 @@ def test_channel_that_takes_no_message_ends_as_one_that_is_closed(
         here.send("." * 1_001)
     assert here.closed.wait(SOON_S)
     assert there.closed.wait(SOON_S)
+
+
+def test_channel_that_takes_no_message_is_closed_without_the_other_end() -> None:
+    """It would take part in it, or never."""
+
+    async def play(ends: TwoEnds) -> None:
+        async def nothing(_: Any) -> None:
+            pass
+
+        ends.mallory.sctp._receive_reconfig_param = nothing
+        ends.alice.sctp._remote_max_message_size = 10
+        with pytest.raises(ConnectionError):
+            await ends.alice.adapter.write(1, 1, bytes(11))
+        await ends.alice.reported("closed")
+
+    run_two_ends(play)
+
+
+def test_waiting_for_room_leaves_nothing_behind() -> None:
+    """However often a message has waited."""
+
+    async def play(ends: TwoEnds) -> None:
+        channel = ends.alice.peer.channel
+
+        def listeners() -> list[int]:
+            return [len(channel.listeners(event)) for event in ("close", "bufferedamountlow")]
+
+        before = listeners()
+        for _ in range(40):
+            await ends.alice.adapter.write(1, 1, bytes(MAX_CHANNEL_BYTES))
+        assert listeners() == before
+
+    run_two_ends(play)
 
 
 class AskedWire(Wire):

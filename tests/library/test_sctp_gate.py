@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
 from apps import APP_URL, SOON_S, Apps
+from two_ends import End, Raw, TwoEnds, run_two_ends
 
 from connectoid import AiortcAdapter, NotConnectedError
 from connectoid.sctp_gate import (
@@ -87,16 +88,6 @@ def is_good_sack(body: bytes, last_tsn: int) -> bool:
 # -- From outside --------------------------------------------------------------------------
 
 
-class Raw:
-    """A chunk as Mallory writes it."""
-
-    def __init__(self, octets: bytes) -> None:
-        self._octets = octets
-
-    def __bytes__(self) -> bytes:
-        return self._octets
-
-
 def of_nothing_for_ever(_: int) -> bytes:
     """Return a HEARTBEAT with a parameter of no bytes: aiortc would read it for ever."""
     return chunk(HEARTBEAT, parameter(length=0))
@@ -159,6 +150,178 @@ def test_packet_that_would_hold_up_aiortc_ends_the_connection_and_is_told(
     assert f"Mallory: The connection is closed: {WRONG}." in caplog.text
     mallory.connect("Alice", SOON_S).send("Hello")
     assert alice.connect("Mallory", SOON_S).receive(SOON_S) == "Hello"
+
+
+# -- Between two ends -----------------------------------------------------------------------
+
+# Chunks that nothing here has a use for: RFC 9260, 4895 and 5061.
+SHUTDOWN_ACK = 8
+COOKIE_ECHO = 10
+COOKIE_ACK = 11
+SHUTDOWN_COMPLETE = 14
+AUTH = 15
+ASCONF = 193
+# Results of a request to end a stream: RFC 6525, section 4.4.
+IN_PROGRESS = 6
+OF_STREAMS = 13
+OF_RESULT = 16
+
+
+def data(mallory: End, content: bytes, kind: int = 51) -> bytes:
+    """Return a message as the next one of Mallory's."""
+    sctp_ = mallory.sctp
+    seq = sctp_._outbound_stream_seq[mallory.peer.channel.id]
+    body = struct.pack("!LHHL", sctp_._local_tsn, mallory.peer.channel.id, seq, kind) + content
+    return struct.pack("!BBH", DATA, 3, 4 + len(body)) + body + bytes(-len(body) % 4)
+
+
+def reset(mallory: End, ahead: int = 0) -> bytes:
+    """Return a request to end the stream, after so many messages that are still to come."""
+    sctp_ = mallory.sctp
+    value = struct.pack(
+        "!LLLH", sctp_._reconfig_request_seq, sctp_._reconfig_response_seq,
+        (sctp_._local_tsn - 1 + ahead) % 2**32, mallory.peer.channel.id)
+    return chunk(RECONFIG, parameter(value, OF_STREAMS))
+
+
+async def end_the_stream(mallory: End) -> None:
+    """End the stream, and say for ever that the other's is about to end."""
+    async def answer(asked: object) -> None:
+        if isinstance(asked, sctp.StreamResetOutgoingParam):
+            value = struct.pack("!LL", asked.request_sequence, IN_PROGRESS)
+            await mallory.send_chunk(chunk(RECONFIG, parameter(value, OF_RESULT)))
+
+    mallory.sctp._receive_reconfig_param = answer
+    await mallory.send_chunk(reset(mallory))
+
+
+async def end_the_stream_later(mallory: End) -> None:
+    """End the stream after one more message."""
+    await mallory.send_chunk(reset(mallory, ahead=1))
+    mallory.peer.channel.send("the last one")
+
+
+async def shut_down(mallory: End) -> None:
+    """Say goodbye, again and again, and never that it is done."""
+    for _ in range(3):
+        await mallory.send_chunk(chunk(SHUTDOWN, struct.pack("!L", mallory.sctp._local_tsn)))
+
+
+async def abort(mallory: End) -> None:
+    """End the association."""
+    await mallory.send_chunk(chunk(ABORT))
+
+
+async def send_no_text(mallory: End) -> None:
+    """Send a text that is no UTF-8."""
+    await mallory.send_chunk(data(mallory, b"\xff"))
+
+
+async def send_of_no_kind(mallory: End) -> None:
+    """Send a message that is neither text nor octets."""
+    await mallory.send_chunk(data(mallory, b"x", kind=77))
+
+
+async def open_again(mallory: End) -> None:
+    """Open the channel a second time, on the same stream."""
+    opening = struct.pack("!BBHLHH", 3, 0, 0, 0, 10, 0) + b"connectoid"
+    await mallory.send_chunk(data(mallory, opening, kind=50))
+
+
+async def begin_anew(mallory: End) -> None:
+    """Send INIT with another number, as one that has restarted."""
+    mallory.sctp._remote_verification_tag, tag = 0, mallory.sctp._remote_verification_tag
+    await mallory.send_chunk(chunk(INIT, struct.pack("!LLHHL", 1, 0, 1, 1, 77)))
+    mallory.sctp._remote_verification_tag = tag
+
+
+async def send_cookies(mallory: End) -> None:
+    """Send cookies that nobody has baked."""
+    for size in (0, 24, 1_300):
+        await mallory.send_chunk(chunk(COOKIE_ECHO, bytes(size)))
+
+
+async def send_what_is_of_no_use(mallory: End) -> None:
+    """Send chunks out of their turn, and some that aiortc does not know."""
+    for kind in (COOKIE_ACK, SHUTDOWN_ACK, SHUTDOWN_COMPLETE, ERROR, AUTH, ASCONF, 0x3F, 0xFF):
+        await mallory.send_chunk(chunk(kind, parameter(bytes(1_300))))
+
+
+async def send_large_heartbeats(mallory: End) -> None:
+    """Send heartbeats that are answered with as much."""
+    for size in (0, 1_400, 1_439):
+        await mallory.send_chunk(chunk(HEARTBEAT, parameter(bytes(size))))
+
+
+async def acknowledge_again(mallory: End) -> None:
+    """Say once more that the channel was opened."""
+    await mallory.sctp._send(mallory.peer.channel.id, 50, b"\x02")
+
+
+async def ask_for_streams(mallory: End) -> None:
+    """Ask for more streams, and end such as there are none of."""
+    for number in range(20):
+        value = struct.pack("!LHH", number, 65_535, 0)
+        await mallory.send_chunk(chunk(RECONFIG, parameter(value, 17)))
+        value = struct.pack("!LLLHH", number, 0, mallory.sctp._local_tsn - 1, 7, 9)
+        await mallory.send_chunk(chunk(RECONFIG, parameter(value, OF_STREAMS)))
+
+
+async def nothing() -> None:
+    """Do nothing."""
+
+
+Act = Callable[[End], Awaitable[None]]
+
+
+@pytest.mark.sockets
+@pytest.mark.parametrize("act", [end_the_stream, end_the_stream_later, shut_down, abort])
+def test_channel_that_the_other_end_leaves_is_closed_at_once(act: Act) -> None:
+    """However long the other end takes for it, whoever sends hears of it."""
+
+    async def play(ends: TwoEnds) -> None:
+        alice = ends.alice
+        channel = alice.peer.channel
+        # Nothing is confirmed, so that a message waits for room.
+        ends.mallory.sctp._send_sack = nothing
+        waiting = asyncio.gather(
+            *(alice.adapter.write(1, 1, bytes(65_536)) for _ in range(20)), return_exceptions=True)
+        await asyncio.sleep(0)
+        await act(ends.mallory)
+        await alice.reported("closed")
+        assert "refused" not in alice.events
+        assert channel.readyState == "closed"
+        assert [type(one) for one in await waiting][-1] is ConnectionError
+        with pytest.raises(ConnectionError, match="the channel is closed"):
+            await alice.adapter.write(1, 1, "Hello")
+
+    run_two_ends(play)
+
+
+@pytest.mark.sockets
+@pytest.mark.parametrize("act", [send_no_text, send_of_no_kind, open_again])
+def test_message_that_aiortc_fails_at_or_drops_is_refused(act: Act) -> None:
+    async def play(ends: TwoEnds) -> None:
+        await act(ends.mallory)
+        await ends.alice.reported("refused")
+
+    run_two_ends(play)
+
+
+@pytest.mark.sockets
+@pytest.mark.parametrize("act", [
+    begin_anew, send_cookies, send_what_is_of_no_use, send_large_heartbeats, acknowledge_again,
+    ask_for_streams])
+def test_what_changes_nothing_is_let_pass_and_the_channel_goes_on(act: Act) -> None:
+    async def play(ends: TwoEnds) -> None:
+        await act(ends.mallory)
+        for sender, reader in ((ends.mallory, ends.alice), (ends.alice, ends.mallory)):
+            await sender.adapter.write(1, 1, bytes(65_536))
+            assert await reader.receive() == bytes(65_536)
+        assert ends.alice.events == ["gathered", "opened"]
+        assert ends.alice.peer.connection.sctp.transport._ssl.pending() == 0
+
+    run_two_ends(play)
 
 
 # -- Packets -------------------------------------------------------------------------------
@@ -281,8 +444,13 @@ def test_sack_has_as_many_blocks_as_it_says() -> None:
 class FakeAssociation:
     """What the gate needs of an association of aiortc, with a window that grows."""
 
+    State = sctp.RTCSctpTransport.State
+
     def __init__(self, window_bytes: int) -> None:
+        self._association_state = self.State.ESTABLISHED
         self._cwnd = window_bytes
+        self._data_channel_inbound_reset: set[int] = set()
+        self._data_channels: dict[int, object] = {}
         self._local_tsn = 0
 
     async def _handle_data(self, _packet: bytes) -> None:
