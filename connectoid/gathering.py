@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from connectoid.shown import shown
+from connectoid.turn_stream import bound_turn_streams
 
 # For candidates: what a server has not said by then is left out.
 GATHER_LIMIT_S = 2.0
@@ -158,6 +159,7 @@ def gather_in_time(
     if not all(hasattr(aioice, name) for name in NEEDED):
         warn("This version of aiortc is unknown here: STUN and TURN servers are not asked.")
         return
+    bound_turn_streams()
     gathering = Gathering(connection, servers, warn, relay_only=relay_only)
     connection.get_component_candidates = gathering.get_component_candidates
 

@@ -56,6 +56,7 @@ SOCKET_ROOMS = (
     "tests/library/test_strangers.py",
     "tests/library/test_two_halves.py",
     "tests/library/test_upstream.py",
+    "tests/library/test_turn_stream.py",
     "tests/library/test_way_out.py",
     "tests/network/",
     "tests/relay/test_command_line.py",
