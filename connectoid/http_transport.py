@@ -277,6 +277,9 @@ class BoundedResponse(aiohttp.ClientResponse):
         protocol = connection.protocol
         self.receive = BoundedReceive(protocol)
         protocol.data_received = self.receive
+        if protocol.transport is not None:
+            # uvloop notes the method when it is told the protocol, and not for each read.
+            protocol.transport.set_protocol(protocol)
         protocol.read = BoundedRead(protocol.read)
         try:
             await super().start(connection)

@@ -202,14 +202,20 @@ def test_octet_after_a_reply_ends_the_connection() -> None:
     assert (protocol.taken, protocol.aborted) == (3, 1)
 
 
-def test_replies_on_an_idle_connection_end_it() -> None:
-    """A relay takes a message well, and floods the connection that is kept."""
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_replies_on_an_idle_connection_end_it(loop: str, *, is_late: bool) -> None:
+    """A relay takes a message well, and floods the connection that is kept, at once or later."""
+    module = pytest.importorskip(loop, reason="uvloop is missing: pip install uvloop")
     reply = http_reply(ANSWER).replace(b"Connection: close\r\n", b"")
     ended = asyncio.Semaphore(0)
+    answered = asyncio.Semaphore(0)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(reply)
+        if is_late:
+            await answered.acquire()
         with contextlib.suppress(ConnectionError):
             while True:
                 await writer.drain()
@@ -224,11 +230,13 @@ def test_replies_on_an_idle_connection_end_it() -> None:
             client = RelayClient(url, transport, timeout_s=SOON_S)
             for _ in range(2):
                 assert await client.ask({"action": "send"}) == ANSWER
+                answered.release()
                 async with asyncio.timeout(SOON_S):
                     await ended.acquire()
             await transport.close()
 
-    asyncio.run(ask_twice())
+    with asyncio.Runner(loop_factory=module.new_event_loop) as runner:
+        runner.run(ask_twice())
 
 
 @pytest.mark.parametrize("public_only", [True, False])
