@@ -31,6 +31,8 @@ RELAY_IPV6 = "2001:db8::1"
 RELAY_NAME = "relay.example.com"
 RELAY_PORT = 8080
 TURN_PORT = 3478
+# Of a relay that lends a TURN server, and of that server.
+TURN_SECRET = "4f1de7f2c5a84f1de7f2c5a8"
 
 # What `ip netns exec` shows as /etc.
 ETC = Path("/etc/netns")
@@ -159,6 +161,7 @@ class Lab:
         self._names: list[str] = []
         # What is done before the namespaces go.
         self.ending = contextlib.ExitStack()
+        self._relay = self.ending.enter_context(contextlib.ExitStack())
         self.internet = self.namespace("net")
         self.servers = self.namespace("servers")
         self.wire(self.servers, UP, self.internet, "servers0")
@@ -292,25 +295,39 @@ class Lab:
             "--bits-per-s", str(line.bits_per_s), "--seed", str(line.seed))
         wait_for_file(ready)
 
-    def relay(self) -> None:
-        """Start a relay with STUN at the internet, and wait until it serves."""
+    def relay(self, *flags: str) -> None:
+        """Start a relay with STUN at the internet, and wait until it serves.
+
+        The one before ends, with all that it holds.
+        """
+        self._relay.close()
         process = subprocess.Popen(
             self.servers.command(
                 sys.executable, str(ROOT / "connectoid_relay.py"), "--db", ":memory:", "--stun",
-                "--rate", "0", "--port", str(RELAY_PORT)),
+                "--rate", "0", "--port", str(RELAY_PORT), *flags),
             cwd=self.folder, text=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        self.ending.callback(end, process)
+        self._relay.callback(end, process)
         assert process.stderr is not None
-        self.ending.callback(process.stderr.close)
+        self._relay.callback(process.stderr.close)
         assert "listening" in process.stderr.readline()
 
-    def turn(self) -> None:
-        """Start a TURN server at the internet, for everybody who says `user` and `password`."""
+    def turn(self, *access: str) -> None:
+        """Start a TURN server at the internet, with what says who may use it."""
         self.start(*self.servers.command(
-            "turnserver", "-n", "--no-cli", "--no-tls", "--no-dtls",
-            "--lt-cred-mech", "--user=user:password", "--realm=example.com",
+            "turnserver", "-n", "--no-cli", "--no-tls", "--no-dtls", *access,
+            "--realm=example.com",
             f"--listening-ip={RELAY_IPV4}", f"--relay-ip={RELAY_IPV4}",
             f"--listening-port={TURN_PORT}", "--log-file=stdout", "--pidfile=turn.pid"))
+
+    def lend(self) -> None:
+        """Have the relay lend a TURN server, over UDP and TCP."""
+        self.turn("--use-auth-secret", f"--static-auth-secret={TURN_SECRET}")
+        secret = self.folder / "turn-secret"
+        secret.write_text(TURN_SECRET)
+        secret.chmod(0o600)
+        url = f"turn:{RELAY_IPV4}:{TURN_PORT}"
+        self.relay(
+            "--turn", url, "--turn", f"{url}?transport=tcp", "--turn-secret", str(secret))
 
     def hold(self, place: Namespace, name: str) -> None:
         """Make a tunnel in a namespace that swallows what goes into it."""

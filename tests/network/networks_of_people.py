@@ -18,6 +18,9 @@ from lab import (
     Namespace,
 )
 
+# Who may use a TURN server that users name.
+FOR_USER = ("--lt-cred-mech", "--user=user:password")
+
 # Where Alice and Bob are.
 Places: TypeAlias = tuple[Namespace, Namespace]
 
@@ -31,6 +34,7 @@ class Network(NamedTuple):
     relay: str = RELAY_IPV4
     # What both have in $CONNECTOID_ICE_SERVERS.
     ice_servers: str = ""
+    needs_coturn: bool = False
 
 
 def both_public(lab: Lab) -> Places:
@@ -107,13 +111,24 @@ def split_vpn(lab: Lab) -> Places:
     return alice, bob
 
 
-def no_udp(lab: Lab) -> Places:
-    """Alice's firewall lets no UDP out."""
-    lab.turn()
+def strict_home(lab: Lab) -> Namespace:
+    """Return a host whose firewall lets no UDP out."""
     home = lab.home()
     home.router.nft("table ip strict { chain forward {"
                     " type filter hook forward priority -1; meta l4proto udp drop; }; }")
-    return home.host(), lab.home().host()
+    return home.host()
+
+
+def no_udp(lab: Lab) -> Places:
+    """Alice's firewall lets no UDP out, and both know a TURN server."""
+    lab.turn(*FOR_USER)
+    return strict_home(lab), lab.home().host()
+
+
+def no_udp_and_a_lender(lab: Lab) -> Places:
+    """No firewall lets UDP out, and nobody knows more than a relay, which lends a TURN server."""
+    lab.lend()
+    return strict_home(lab), strict_home(lab)
 
 
 def small_mtu(lab: Lab) -> Places:
@@ -128,8 +143,14 @@ def small_mtu(lab: Lab) -> Places:
 
 
 def both_symmetric_with_turn(lab: Lab) -> Places:
-    """Both have a port for each destination, and a TURN server."""
-    lab.turn()
+    """Both have a port for each destination, and know a TURN server."""
+    lab.turn(*FOR_USER)
+    return both_symmetric(lab)
+
+
+def both_symmetric_and_a_lender(lab: Lab) -> Places:
+    """Both have a port for each destination, and a relay that lends a TURN server."""
+    lab.lend()
     return both_symmetric(lab)
 
 
@@ -150,8 +171,12 @@ NETWORKS = (
     Network("a bridge without members", dead_bridge),
     Network("a split VPN", split_vpn),
     Network("MTU 1280 and a black hole", small_mtu),
-    Network("no UDP, TURN over TCP", no_udp, ice_servers=turn_over("tcp")),
-    Network("both symmetric, TURN", both_symmetric_with_turn, ice_servers=turn_over("udp")),
+    Network("no UDP, TURN over TCP", no_udp, ice_servers=turn_over("tcp"), needs_coturn=True),
+    Network("no UDP at both, a relay that lends TURN", no_udp_and_a_lender, needs_coturn=True),
+    Network("both symmetric, TURN", both_symmetric_with_turn, ice_servers=turn_over("udp"),
+            needs_coturn=True),
+    Network("both symmetric, a relay that lends TURN", both_symmetric_and_a_lender,
+            needs_coturn=True),
     Network("symmetric and cone", symmetric_and_cone, connects=False),
     Network("symmetric and symmetric", both_symmetric, connects=False),
 )

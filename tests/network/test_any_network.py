@@ -42,7 +42,7 @@ def settle_in(lab: Lab, network: Network) -> tuple[Person, Person]:
 @pytest.mark.parametrize("network", CONNECTING, ids=[network.name for network in CONNECTING])
 def test_two_people_connect(lab: Lab, network: Network) -> None:
     """One shares, the other opens the link."""
-    if network.ice_servers and shutil.which("turnserver") is None:
+    if network.needs_coturn and shutil.which("turnserver") is None:
         pytest.skip("turnserver is missing: apt-get install coturn")
     alice, bob = settle_in(lab, network)
     print(f"{network.name}: connected after {pair(alice, bob):.1f} s")
