@@ -55,9 +55,10 @@ PROXY_REFUSES = 407
 PROXY_SCHEMES = ("http", "https")
 # The number of an error, in what asyncio says of several.
 _ERRNO = re.compile(r"\[Errno -?[0-9]+\] ")
+JSON = "application/json"
 HEADERS = {
-    "Content-Type": "application/json",
-    "Accept": "application/json",
+    "Content-Type": JSON,
+    "Accept": JSON,
     "Accept-Encoding": "identity",
     # Otherwise aiohttp tells every relay the versions of Python and of itself.
     "User-Agent": "connectoid",
@@ -287,7 +288,19 @@ class BoundedResponse(aiohttp.ClientResponse):
             # What is left is the method of the class.
             del protocol.read
         self.content.on_eof(self.receive.end)
+        if self.content_type != JSON:
+            self._let_go(protocol)
         return self
+
+    def _let_go(self, protocol: Any) -> None:
+        """Let no other request go where this reply came from.
+
+        Where users have to log in, a connection leads to the page for that as long as it is kept.
+        """
+        protocol.force_close()
+        if self.connection is None:
+            # The whole reply is there, and the connection in the pool.
+            protocol.close()
 
 
 def is_public_text(address: str) -> bool:

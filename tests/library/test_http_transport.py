@@ -445,6 +445,41 @@ def test_redirects_are_told_as_what_a_portal_does(status: str) -> None:
     assert said.startswith(f"it sends elsewhere ({status[:3]}), as networks do where users have")
 
 
+@pytest.mark.parametrize("is_at_once", [True, False])
+def test_no_connection_is_kept_to_what_answers_a_page(is_at_once: bool) -> None:
+    """Where users have to log in, it would go on to lead there once they have."""
+    page = b"<p>Log in"
+    reply = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 9\r\n\r\n" + page
+    connections = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        while await reader.read(MAX_LINE_BYTES):
+            half = len(reply) if is_at_once else len(reply) - len(page)
+            writer.write(reply[:half])
+            await writer.drain()
+            # The client has read the head by then.
+            await asyncio.sleep(0.05)
+            writer.write(reply[half:])
+        writer.close()
+
+    async def ask_for_pages() -> None:
+        transport = make_transport()
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+            client = RelayClient(url, transport, timeout_s=SOON_S)
+            for _ in range(2):
+                with pytest.raises(RelayError, match="it answered a web page"):
+                    await client.ask({"action": "send"})
+            await transport.close()
+            for writer in connections:
+                writer.close()
+                await writer.wait_closed()
+
+    asyncio.run(ask_for_pages())
+    assert len(connections) == 2
+
+
 PAGES = {
     b"<!DOCTYPE html><p>Welcome to the hotel": "it answered a web page, as networks do where users",
     b"\r\n <html><p>Log in": "it answered a web page, as networks do where users",
