@@ -23,10 +23,12 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 LINK = str(Path(__file__).with_name("link.py"))
+BAD_SERVERS = str(Path(__file__).with_name("bad_servers.py"))
 PREFIX = "cx"
 NEEDED = ("ip", "nft", "sysctl")
 
 RELAY_IPV4 = "203.0.113.1"
+ANY_IPV4 = "0.0.0.0"
 RELAY_IPV6 = "2001:db8::1"
 RELAY_NAME = "relay.example.com"
 RELAY_PORT = 8080
@@ -328,6 +330,12 @@ class Lab:
         url = f"turn:{RELAY_IPV4}:{TURN_PORT}"
         self.relay(
             "--turn", url, "--turn", f"{url}?transport=tcp", "--turn-secret", str(secret))
+
+    def bad_server(self, kind: str, place: Namespace, port: int, host: str = ANY_IPV4) -> None:
+        """Start a server of a kind of `bad_servers` in a namespace, and wait until it listens."""
+        ready = self.folder / f"ready{self.next_number()}"
+        self.start(*place.command(sys.executable, BAD_SERVERS, kind, host, str(port), str(ready)))
+        wait_for_file(ready)
 
     def hold(self, place: Namespace, name: str) -> None:
         """Make a tunnel in a namespace that swallows what goes into it."""

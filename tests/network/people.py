@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,15 +71,27 @@ class Person:
 
     def __init__(
         self, lab: Lab, name: str, place: Namespace, *, relay: str = RELAY_IPV4,
-        ice_servers: str = "",
+        ice_servers: str = "", room: str = "", environment: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.place = place
+        # Those of one lab who are not in the same room share no files.
+        self.folder = lab.folder / room
+        self.folder.mkdir(exist_ok=True)
         url = f"http://{relay}:{RELAY_PORT}/"
-        self._environment = [f"PYTHONPATH={ROOT}", f"CONNECTOID_RELAY={url}"]
+        self._environment = [f"PYTHONPATH={ROOT}", f"CONNECTOID_RELAY={url}", *environment]
         if ice_servers:
             self._environment.append(f"CONNECTOID_ICE_SERVERS={ice_servers}")
         self._lab = lab
+
+    @property
+    def said(self) -> str:
+        """Return what this person's commands have said to people so far."""
+        return self._log.read_text()
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / f"{self.name}.log"
 
     def start(self, *argv: str) -> Command:
         """Start a command of `connectoid`."""
@@ -87,7 +100,7 @@ class Person:
                 "env", *self._environment,
                 sys.executable, "-m", "connectoid", *argv, "--json", "--allow-http",
                 "--store", f"{self.name}.db"),
-            self._lab.folder, self._lab.folder / f"{self.name}.log")
+            self.folder, self._log)
         self._lab.ending.callback(command.end)
         return command
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -10,7 +11,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from lab import UP, Home, Lab, Line, Namespace, lacking, open_lab
+from lab import (
+    ETC,
+    HOSTS,
+    RELAY_NAME,
+    RELAY_PORT,
+    UP,
+    Home,
+    Lab,
+    Line,
+    Namespace,
+    lacking,
+    open_lab,
+)
 from people import PATIENCE_S, Command, Person, pair, send_file
 
 pytestmark = pytest.mark.slow
@@ -20,6 +33,9 @@ CELL = "up1"
 WIFI_LINE = Line(delay_ms=15, bits_per_s=2e7)
 FILE_BYTES = 20_000_000
 SATELLITE = Line(delay_ms=300)
+# Longer than a request takes that nobody answers.
+AWAY_S = 12.0
+PORTAL_PORT = 8079
 
 
 @pytest.fixture
@@ -69,11 +85,11 @@ def make_phone(lab: Lab) -> Phone:
     return Phone(host, wifi, cell)
 
 
-def begin_to_send(lab: Lab, alice: Person, bob: Person) -> tuple[Command, Command]:
+def begin_to_send(alice: Person, bob: Person) -> tuple[Command, Command]:
     """Begin to send a file; return both commands once a part of it has come."""
-    path = lab.folder / "file.bin"
+    path = alice.folder / "file.bin"
     path.write_bytes(os.urandom(FILE_BYTES))
-    inbox = lab.folder / "inbox"
+    inbox = bob.folder / "inbox"
     inbox.mkdir()
     commands = send_file(alice, bob, path)
     until(lambda: any(part.stat().st_size > 1_000_000 for part in inbox.rglob("*")
@@ -104,7 +120,7 @@ def test_file_goes_on_in_another_network(
         places[name] = lab.home().host()
     alice, bob = (Person(lab, name, place) for name, place in places.items())
     pair(alice, bob)
-    sends, receives = begin_to_send(lab, alice, bob)
+    sends, receives = begin_to_send(alice, bob)
     change(phone)
     changed_s = time.monotonic()
     sends.wait_for("broken")
@@ -115,37 +131,136 @@ def test_file_goes_on_in_another_network(
     assert receives.wait_for("received").told["sha256"] == sent.told["sha256"]
 
 
+class Break(NamedTuple):
+    """Bob's network goes, and comes back."""
+
+    bob: Namespace
+    goes: Callable[[], None]
+    comes_back: Callable[[], None]
+
+
+def wifi_off(lab: Lab) -> Break:
+    """His device sees it go."""
+    phone = make_phone(lab)
+    return Break(phone.host, phone.lose_all, phone.find_wifi)
+
+
+def provider_away(lab: Lab) -> Break:
+    """His device sees nothing: its router is there, and swallows all."""
+    home = lab.home(line=WIFI_LINE)
+    return Break(
+        home.host(), functools.partial(put_away, home.router, "drop"),
+        functools.partial(home.router.nft, "delete table inet away"))
+
+
+def put_away(router: Namespace, verdict: str) -> None:
+    """Let nothing through a router."""
+    router.nft("table inet away { chain forward {"
+               f" type filter hook forward priority -1; {verdict}; }}; }}")
+
+
+BREAKS = {"the Wi-Fi": wifi_off, "the provider": provider_away}
+
+
 def test_file_goes_on_once_there_is_a_network_again(lab: Lab) -> None:
     """Bob's is away until both sides have seen that the connection is over."""
-    phone = make_phone(lab)
-    alice, bob = Person(lab, "Alice", lab.home().host()), Person(lab, "Bob", phone.host)
-    pair(alice, bob)
-    sends, receives = begin_to_send(lab, alice, bob)
-    phone.lose_all()
-    for command in (sends, receives):
-        command.wait_for("broken")
-    phone.find_wifi()
+    broken = {}
+    for room, make in BREAKS.items():
+        cut = make(lab)
+        alice = Person(lab, "Alice", lab.home().host(), room=room)
+        bob = Person(lab, "Bob", cut.bob, room=room)
+        pair(alice, bob)
+        broken[room] = (cut, begin_to_send(alice, bob))
+        cut.goes()
+    for _, commands in broken.values():
+        for command in commands:
+            command.wait_for("broken")
+    for cut, _ in broken.values():
+        cut.comes_back()
     back_s = time.monotonic()
-    again = sends.wait_for("connected")
-    print(f"connected again {again.at_s - back_s:.1f} s after the network was back")
-    assert sends.wait_for("sent").told["there_before"] > 0
-    receives.wait_for("received")
+    for room, (_, (sends, receives)) in broken.items():
+        again = sends.wait_for("connected")
+        print(f"{room}: connected again {again.at_s - back_s:.1f} s after it was back")
+        assert sends.wait_for("sent").told["there_before"] > 0
+        receives.wait_for("received")
 
 
-def test_relay_that_was_away_at_the_start_brings_two_together_once_it_is_back(lab: Lab) -> None:
-    """Each is behind a NAT, so that they need its STUN server too."""
-    alice = Person(lab, "Alice", lab.home().host())
-    bob = Person(lab, "Bob", lab.home().host())
-    lab.internet.nft("table inet away { chain forward {"
-                     " type filter hook forward priority 0; reject; }; }")
-    shares = alice.start("share", "Bob")
-    opens = bob.start("open", shares.wait_for("link").told["link"], "--name", "Alice", "--yes")
-    for command in (shares, opens):
-        command.wait_for("waiting")
-    lab.internet.nft("delete table inet away")
+class Hindrance(NamedTuple):
+    """What is between somebody and the relay, and how it goes."""
+
+    host: Namespace
+    goes: Callable[[], None]
+
+
+def refused(lab: Lab) -> Hindrance:
+    """The router says that there is no way."""
+    home = lab.home()
+    put_away(home.router, "reject")
+    return Hindrance(
+        home.host(), functools.partial(home.router.nft, "delete table inet away"))
+
+
+def swallowed(lab: Lab) -> Hindrance:
+    """The router says nothing."""
+    home = lab.home()
+    put_away(home.router, "drop")
+    return Hindrance(
+        home.host(), functools.partial(home.router.nft, "delete table inet away"))
+
+
+def unnamed(lab: Lab) -> Hindrance:
+    """Nobody knows the name of the relay."""
+    host = lab.home().host()
+    hosts = ETC / host.name / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n")
+    # Into the same file: programs have it as their own already.
+    return Hindrance(host, functools.partial(name_all, hosts))
+
+
+def name_all(hosts: Path) -> None:
+    """Let a host know all names again."""
+    hosts.write_text(HOSTS)
+
+
+def captive(lab: Lab) -> Hindrance:
+    """The router shows a page of its own, and lets nothing else through."""
+    home = lab.home()
+    lab.bad_server("portal", home.router, PORTAL_PORT)
+    home.router.nft(
+        "table inet portal { chain pre { type nat hook prerouting priority -100;"
+        f' iifname "lan0" tcp dport {RELAY_PORT} redirect to :{PORTAL_PORT}; }};'
+        " chain forward { type filter hook forward priority -1; drop; }; }")
+    return Hindrance(
+        home.host(), functools.partial(home.router.nft, "delete table inet portal"))
+
+
+HINDRANCES = {
+    "refused": refused, "swallowed": swallowed, "no name": unnamed, "a portal": captive}
+
+
+def test_what_is_in_the_way_at_the_start_goes_and_two_connect(lab: Lab) -> None:
+    """Each is behind a NAT, so that they need the relay's STUN server too."""
+    begun = {}
+    for room, make in HINDRANCES.items():
+        ways = (make(lab), make(lab))
+        alice, bob = (
+            Person(lab, name, way.host, relay=RELAY_NAME, room=room)
+            for name, way in zip(("Alice", "Bob"), ways, strict=True))
+        shares = alice.start("share", "Bob")
+        opens = bob.start("open", shares.wait_for("link").told["link"], "--name", "Alice", "--yes")
+        begun[room] = (ways, (shares, opens))
+    for _, commands in begun.values():
+        for command in commands:
+            command.wait_for("waiting")
+    threading.Event().wait(AWAY_S)
+    for ways, _ in begun.values():
+        for way in ways:
+            way.goes()
     back_s = time.monotonic()
-    connected = [command.wait_for("connected") for command in (shares, opens)]
-    print(f"connected {max(event.at_s for event in connected) - back_s:.1f} s after it was back")
+    for room, (_, commands) in begun.items():
+        connected = [command.wait_for("connected") for command in commands]
+        took_s = max(event.at_s for event in connected) - back_s
+        print(f"{room}: connected {took_s:.1f} s after it was gone")
 
 
 def test_connection_over_a_satellite_holds(lab: Lab) -> None:
@@ -153,7 +268,7 @@ def test_connection_over_a_satellite_holds(lab: Lab) -> None:
     alice = Person(lab, "Alice", lab.home(line=SATELLITE).host())
     bob = Person(lab, "Bob", lab.home().host())
     pair(alice, bob)
-    sends, _ = begin_to_send(lab, alice, bob)
+    sends, _ = begin_to_send(alice, bob)
     sent = sends.wait_for("sent")
     # It would have gone on with what was there.
     assert sent.told["there_before"] == 0
