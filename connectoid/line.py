@@ -2,6 +2,7 @@
 
     learn -> check (waits at the relay, unless woken) -> read, contact by contact -> rest -> check
 
+A relay that has failed is asked without waiting, so that it is known at once when it is back.
 A line begins with the first mailbox at a relay and is ended with the last. What one contact's
 mailboxes cost is bounded by a Budget, and what fails for one is no failure of the others. A mailbox
 that brings more than an app sends rests, and the others do not.
@@ -21,8 +22,8 @@ from connectoid.complaints import Complaints
 from connectoid.contact import ContactRecord, Poll
 from connectoid.errors import ConnectoidError
 from connectoid.ice import has_stun
-from connectoid.limits import POLL_SLOW_S
-from connectoid.pauses import CHECK_EVERY_S, backoff_s, jittered
+from connectoid.limits import GATHERED_S, POLL_SLOW_S
+from connectoid.pauses import CHECK_EVERY_S, jittered, retry_s
 from connectoid.relay_client import (
     MAX_BATCH_CHECKS,
     Boxed,
@@ -31,6 +32,7 @@ from connectoid.relay_client import (
     RelayClient,
     RelayError,
     RelayRefusalError,
+    UnreachableError,
     check_mailboxes,
     read_mailbox,
 )
@@ -43,7 +45,7 @@ WAIT_S = 60
 # Relays that are asked at a time. Each takes a socket, and a process has 1,024 of them. Where
 # there are more, whoever has the last place asks without waiting, and the others take turns.
 MAX_LINES = 128
-# How long an offer waits to hear which servers a relay has.
+# How long an offer waits to hear which servers all relays have, once one has answered.
 LEARN_S = 1.0
 # How long it waits for TURN servers to be lent: two requests.
 LEND_S = 3.0
@@ -60,28 +62,38 @@ class ReadBox(NamedTuple):
 Take = Callable[[int, Sequence[ReadBox]], Awaitable[None]]
 
 
+class Host(NamedTuple):
+    """What lines call: who gets what was read, whose relays are the user's own, which is back."""
+
+    take: Take
+    is_named: Callable[[str], bool]
+    is_back: Callable[[str], None]
+
+
 class Line:
     """Poll one relay until cancelled.
 
     `has_stun` and `lends_turn` are false until it has said so, and `learned` is set as long as it
-    has.
+    has. `answers` is set from an answer to a failure.
     """
 
     def __init__(
         self, client: RelayClient, roster: Roster, complaints: Complaints,
-        places: asyncio.Semaphore, take: Take, *, is_named: Callable[[str], bool],
+        places: asyncio.Semaphore, host: Host,
     ) -> None:
         self.has_stun = False
         self.lends_turn = False
         self.learned = asyncio.Event()
+        self.answers = asyncio.Event()
         self._loans = Loans(client, roster.suite)
         self._client = client
         self._url = client.url
         self._roster = roster
         self._complaints = complaints
         self._places = places
-        self._take = take
-        self._is_named = is_named
+        self._host = host
+        # Since when it fails; None while it does not.
+        self._fails_since_s: float | None = None
         # The mailboxes at the last round, and those that were left for the next.
         self._known: frozenset[str] = frozenset()
         self._left: set[str] = set()
@@ -108,24 +120,36 @@ class Line:
 
     async def run(self) -> None:
         """Poll for ever; whatever fails only makes the pauses longer."""
-        failures = 0
         while True:
             began_s = boot_time_s()
             self._least_s = CHECK_EVERY_S
             try:
                 await self._learn()
                 pause_s = await self._poll()
-                failures = 0
             except Exception as error:
-                failures += 1
-                self.learned.clear()
                 self._note_failure(error)
-                pause_s = jittered(backoff_s(failures))
+                pause_s = jittered(retry_s(self._note_silence(began_s)))
             self._tell_of_floods()
             pause_s = max(pause_s, self._least_s)
-            self._is_slow = failures == 0 and pause_s > CHECK_EVERY_S
+            self._is_slow = self._fails_since_s is None and pause_s > CHECK_EVERY_S
             await self._rest(began_s, pause_s)
             self._is_slow = False
+
+    def _note_answer(self) -> None:
+        """Note that it answers, and say so if it is back."""
+        has_failed = self._fails_since_s is not None
+        self._fails_since_s = None
+        self.answers.set()
+        if has_failed:
+            self._host.is_back(self._url)
+
+    def _note_silence(self, began_s: float) -> float:
+        """Note a round without an answer; return the seconds since the first of them began."""
+        self.learned.clear()
+        self.answers.clear()
+        if self._fails_since_s is None:
+            self._fails_since_s = began_s
+        return boot_time_s() - self._fails_since_s
 
     async def _rest(self, began_s: float, pause_s: float) -> None:
         """Wait for the rest of a pause. Waking shortens it to what a relay asks for at least."""
@@ -165,15 +189,20 @@ class Line:
         What answers first may be a network where users have to log in, and a relay that comes back
         may have other servers. One that only others have named is not asked (GUARD-7).
         """
-        if self.learned.is_set() or not self._is_named(self._url):
+        if self.learned.is_set() or not self._host.is_named(self._url):
             return
         try:
             document = await self._client.document()
             self.has_stun = has_stun(document)
             self.lends_turn = lends_turn(document)
             self.learned.set()
+            self.answers.set()
+        except UnreachableError as error:
+            self._complain(error)
         except Exception as error:
             self._complain(error)
+            # Something is there. The next check says whether it is a relay.
+            self.answers.set()
 
     async def renew_loan(self, number: int) -> None:
         """Ask for the TURN servers that a contact may use; what fails is complained of."""
@@ -213,12 +242,14 @@ class Line:
         ]
         for part in parts:
             wait_s = 0
-            if len(parts) == 1:
+            if len(parts) == 1 and self._fails_since_s is None:
                 wait_s = math.ceil(min(WAIT_S, rest_s))
             checked = await self._check(part, wait_s)
             if checked is None:
                 return CHECK_EVERY_S
             await self._read(part, checked)
+        if polls:
+            self._note_answer()
         rest_s = min(rest_s, self._roster.rest_s(self._url))
         return max(CHECK_EVERY_S, min(self._roster.poll_gap_s(), rest_s))
 
@@ -252,7 +283,7 @@ class Line:
             if not boxes:
                 continue
             try:
-                await self._take(number, boxes)
+                await self._host.take(number, boxes)
                 has_read = True
             except StoreError as error:
                 errors.append(error)
@@ -289,13 +320,12 @@ class Lines:
 
     def __init__(
         self, client_of: Callable[[str], RelayClient], roster: Roster, complaints: Complaints,
-        take: Take, *, is_named: Callable[[str], bool],
+        host: Host,
     ) -> None:
         self._client_of = client_of
         self._roster = roster
         self._complaints = complaints
-        self._take = take
-        self._is_named = is_named
+        self._host = host
         self._places = asyncio.Semaphore(MAX_LINES)
         self._lines: dict[str, Line] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -324,15 +354,16 @@ class Lines:
     async def learn(self, number: int, record: ContactRecord) -> None:
         """Wait until one's own relays for a contact have said which servers they have, and lent.
 
-        A relay that does not do it in time has none, for now. PROTOCOL.md, CONNECT-14.
+        One of them has to answer, or nothing could come in that replies to an offer. Another one
+        that does not do it in time has none, for now. PROTOCOL.md, CONNECT-14 and CONNECT-18.
         """
         # Those of a new contact have no lines yet.
         self.draw()
-        own = [url for url, _ in record.relays if self._is_named(url)]
+        own = [url for url, _ in record.relays if self._host.is_named(url)]
         lines = [self._lines[url] for url in own if url in self._lines]
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LEARN_S):
-                await asyncio.gather(*(line.learned.wait() for line in lines))
+            async with asyncio.timeout(GATHERED_S):
+                await _hear_from(lines)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEND_S):
                 await asyncio.gather(*(line.renew_loan(number) for line in lines))
@@ -353,11 +384,34 @@ class Lines:
 
     def _add(self, url: str) -> None:
         line = Line(
-            self._client_of(url), self._roster, self._complaints, self._places, self._take,
-            is_named=self._is_named)
+            self._client_of(url), self._roster, self._complaints, self._places, self._host)
         # A line that is noted has a task, whatever fails.
         self._tasks[url] = asyncio.create_task(line.run(), name=f"line to {url}")
         self._lines[url] = line
+
+
+async def _hear_from(lines: Sequence[Line]) -> None:
+    """Wait until a relay answers, and a moment for the others. Without lines there is no wait.
+
+    What answers may turn out in that moment to be none.
+    """
+    while lines:
+        await _wait_for_first(line.answers for line in lines)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEARN_S):
+                await asyncio.gather(*(line.learned.wait() for line in lines))
+        if any(line.answers.is_set() for line in lines):
+            return
+
+
+async def _wait_for_first(events: Iterable[asyncio.Event]) -> None:
+    """Wait until one of some events is set."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def _number_of(pair: tuple[ContactPoll, Checked]) -> int:

@@ -66,6 +66,10 @@ class RelayError(ConnectoidError):
     retry_s = 0.0
 
 
+class UnreachableError(RelayError):
+    """There was no whole reply of a relay, or of anything in its place."""
+
+
 class RelayRefusalError(RelayError):
     """A relay has answered, and refuses one request. `retry_s` is the pause that it asked for."""
 
@@ -195,7 +199,7 @@ class RelayClient:
         except TransportError as error:
             # Some of it is what a stranger's server says.
             said = shown(str(error))
-            raise RelayError(f"{self.url} cannot be reached: {said}.") from None
+            raise UnreachableError(f"{self.url} cannot be reached: {said}.") from None
 
     def _read(self, octets: bytes) -> Any:
         try:

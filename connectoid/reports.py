@@ -9,6 +9,7 @@ from connectoid.carrier import AppChannel, Carrier
 from connectoid.channel import FULL, TOO_LARGE, WRONG, is_too_large
 from connectoid.complaints import Complaints
 from connectoid.contact import Contact
+from connectoid.line import Lines
 from connectoid.roster import Roster
 from connectoid.steps import Steps
 from connectoid.store import StoreError
@@ -21,12 +22,13 @@ class Reports:
     """Take reports, and refuse connections that bring what they must not."""
 
     def __init__(
-        self, roster: Roster, complaints: Complaints, carrier: Carrier, steps: Steps,
+        self, roster: Roster, complaints: Complaints, carrier: Carrier, steps: Steps, lines: Lines,
     ) -> None:
         self._roster = roster
         self._complaints = complaints
         self._carrier = carrier
         self._steps = steps
+        self._lines = lines
 
     def take(self, number: int, event: str, attempt_id: int, value: Any) -> None:
         """Take a report of an attempt: `webrtc.WebRTC` lists them. It never raises."""
@@ -67,6 +69,8 @@ class Reports:
                 self._steps.make(number, contact.channel_message, attempt_id, octets)
             case "silent":
                 self._steps.make(number, contact.channel_silent, attempt_id)
+                # A check that waits may do so in a network that has gone.
+                self._lines.wake()
             case "closed":
                 self._steps.make(number, contact.channel_closed, attempt_id)
 

@@ -6,6 +6,7 @@
     the time has come   Contact.tick                Gather, Join, Write, Close   WebRTC
     the app calls       Contact.connect, ...        Tell                         the app
     the way out changes Contact.network_changed
+    a relay is back     Contact.relay_is_back
 
 Everything here runs on that loop, so no step meets another half-way (`steps`). No step waits. The
 store is written in the step itself, because what could not be saved must not leave; a save takes a
@@ -37,7 +38,7 @@ from connectoid.contact import (
 )
 from connectoid.errors import LinkError, UsageError
 from connectoid.ice import check_ice_servers
-from connectoid.line import Lines, ReadBox
+from connectoid.line import Host, Lines, ReadBox
 from connectoid.links import make_link, read_link
 from connectoid.refusals import Refusals
 from connectoid.relay_client import RelayClient, Transport, make_transport
@@ -85,8 +86,8 @@ class Runner:
         self._to_strangers = Sender(
             self._client_to_strangers, self.complaints, to_strangers=True)
         self._lines = Lines(
-            self._client, self._roster, self.complaints, self._take,
-            is_named=self._is_named)
+            self._client, self._roster, self.complaints,
+            Host(self._take, self._is_named, self._relay_is_back))
         self._carrier = Carrier(
             self._roster, self.complaints, self._sender, self._to_strangers, self._lines,
             webrtc=self.webrtc, ice_servers=check_ice_servers(ice_servers))
@@ -94,7 +95,8 @@ class Runner:
         self._steps = Steps(
             self._roster, self.complaints, self._refusals, self._lines, self._carrier,
             now=self._now)
-        self._reports = Reports(self._roster, self.complaints, self._carrier, self._steps)
+        self._reports = Reports(
+            self._roster, self.complaints, self._carrier, self._steps, self._lines)
         self._closing: asyncio.Task[None] | None = None
 
     # -- Beginning and end ---------------------------------------------------------------
@@ -383,6 +385,17 @@ class Runner:
         for number, contact in list(self._roster.contacts.items()):
             with contextlib.suppress(StoreError):
                 self._steps.make(number, contact.network_changed)
+
+    def _relay_is_back(self, url: str) -> None:
+        """Have what waits for a relay go on at once. What others had to send may wait for it too.
+
+        This device's network may have been away, and nothing else has told so.
+        """
+        self._sender.hurry()
+        for number, contact in list(self._roster.contacts.items()):
+            if any(mailbox.url == url for mailbox in contact.mailboxes):
+                with contextlib.suppress(StoreError):
+                    self._steps.make(number, contact.relay_is_back)
 
     def _client(self, url: str) -> RelayClient:
         return RelayClient(url, self._transport)

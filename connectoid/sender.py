@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias
 from connectoid.clock import boot_time_s
 from connectoid.complaints import Complaints
 from connectoid.contact import Send
-from connectoid.pauses import backoff_s, jittered
+from connectoid.pauses import jittered, retry_s
 from connectoid.relay_client import ON_BEHALF_OF, RelayClient, RelayError
 
 # What could not be sent by then, the machine sends anew.
@@ -176,16 +176,15 @@ class Sender:
         """Send a letter; return whether the relay has taken it."""
         mailbox = letter.send.mailbox
         client = self._client_of(mailbox.url)
-        failures = 0
+        began_s = boot_time_s()
         while True:
             try:
                 await client.send(mailbox, letter.send.data)
                 return True
             except RelayError as error:
-                failures += 1
                 self._tell(str(error), contact)
                 least_s = jittered(error.retry_s)
-                pause_s = max(least_s, jittered(backoff_s(failures)))
+                pause_s = max(least_s, jittered(retry_s(boot_time_s() - began_s)))
             is_last = self._is_ending or not self._is_to_contacts
             if is_last or boot_time_s() + pause_s > letter.until_s:
                 return False

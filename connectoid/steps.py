@@ -18,7 +18,7 @@ from connectoid.contact import Contact, Effect, Forget, Now, Save, Tell
 from connectoid.errors import UsageError
 from connectoid.limits import ZERO_EVERY_S
 from connectoid.line import Lines
-from connectoid.pauses import BACKOFF_S
+from connectoid.pauses import MIN_RETRY_S
 from connectoid.refusals import Refusals
 from connectoid.roster import Roster
 from connectoid.store import StoreError
@@ -129,4 +129,4 @@ class Steps:
         self.note_change()
 
     def _rest(self, number: int) -> None:
-        self._rests_until_s[number] = self._now().monotonic_s + BACKOFF_S[0]
+        self._rests_until_s[number] = self._now().monotonic_s + MIN_RETRY_S

@@ -76,6 +76,9 @@ export class RelayError extends ConnectoidError {
   }
 }
 
+/** There was no whole reply of a relay, or of anything in its place. */
+export class UnreachableError extends RelayError {}
+
 /** A relay has answered, and refuses one request. */
 export class RelayRefusalError extends RelayError {}
 

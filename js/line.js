@@ -4,15 +4,17 @@
  *
  *     learn -> check (waits at the relay, unless woken) -> read the mailboxes -> rest -> check
  *
+ * A relay that has failed is asked without waiting, so that it is known at once when it is back.
+ *
  * A line begins with the first mailbox at a relay and is ended with the last, so there are only
  * lines to relays that the user has named, here or by opening a link.
  * @module
  */
 
 import { hasStun } from "./ice.js";
-import { POLL_SLOW_S } from "./limits.js";
-import { ConnectoidError, RelayRefusalError } from "./errors.js";
-import { CHECK_EVERY_S, backoffS } from "./pauses.js";
+import { GATHERED_S, POLL_SLOW_S } from "./limits.js";
+import { ConnectoidError, RelayRefusalError, UnreachableError } from "./errors.js";
+import { CHECK_EVERY_S, pauseAfterS } from "./pauses.js";
 import {
   Budget, MAX_BATCH_CHECKS, checkMailboxes, readMailbox, retryS,
 } from "./relay_client.js";
@@ -32,7 +34,7 @@ const WAIT_S = 60;
 // Relays that are asked at a time. Each takes a connection, and a browser has 256 of them. Where
 // there are more, whoever has the last place asks without waiting, and the others take turns.
 export const MAX_LINES = 128;
-// How long an offer waits to hear which servers a relay has.
+// How long an offer waits to hear which servers all relays have, once one has answered.
 const LEARN_S = 1;
 // How long it waits for TURN servers to be lent: two requests.
 const LEND_S = 3;
@@ -48,6 +50,7 @@ const LEND_S = 3;
  * @property {(url: string) => boolean} isNamed whether the user has named a relay
  * @property {(number: number, found: Map<string, Found>) => Promise<void>} take
  *   gives a contact what was read, by mailbox
+ * @property {(url: string) => void} relayIsBack has what waits for a relay go on
  */
 
 /** So many at a time; all others wait, in order. */
@@ -77,6 +80,32 @@ export class Places {
     const next = this._waiting.shift();
     if (next) next();
     else this._left += 1;
+  }
+}
+
+/** Something that holds at times, and that others wait for. */
+class Flag {
+  constructor() {
+    this.isSet = false;
+    this._tell = () => {};
+    this._renew();
+  }
+
+  set() {
+    this.isSet = true;
+    this._tell();
+  }
+
+  clear() {
+    if (this.isSet) this._renew();
+    this.isSet = false;
+  }
+
+  _renew() {
+    /** Resolves once it is set. */
+    this.waited = new Promise((resolve) => {
+      this._tell = () => resolve(undefined);
+    });
   }
 }
 
@@ -112,6 +141,10 @@ export class Line {
     this._loans = new Loans(client, host.roster.suite, () => this._nowS());
     this._hasLearned = false;
     this.learned = Promise.resolve();
+    // From an answer to a failure.
+    this.answers = new Flag();
+    // Since when it fails; NaN while it does not.
+    this._failsSinceS = NaN;
     this._run();
   }
 
@@ -155,8 +188,13 @@ export class Line {
       this.hasStun = hasStun(document);
       this.lendsTurn = lendsTurn(document);
       this._hasLearned = true;
+      this.answers.set();
     } catch (error) {
       this._host.complaints.make(error, this.url);
+      if (error instanceof UnreachableError) return;
+      // Something is there. The check that goes on meanwhile says whether it is a relay.
+      await this._host.system.sleep(LEARN_S);
+      if (!this._fails()) this.answers.set();
     }
   }
 
@@ -184,7 +222,6 @@ export class Line {
   }
 
   async _run() {
-    let failures = 0;
     while (!this._isOver()) {
       const beganS = this._nowS();
       this._woken = new AbortController();
@@ -193,19 +230,41 @@ export class Line {
       this._leastS = CHECK_EVERY_S;
       try {
         pauseS = await this._poll();
-        failures = 0;
       } catch (error) {
         this._leastS = Math.max(this._leastS, retryS(error));
         if (!this._woken.signal.aborted) {
           this._host.complaints.make(error, this.url);
-          pauseS = backoffS(error, failures);
-          failures += 1;
-          this._hasLearned = false;
+          pauseS = pauseAfterS(error, this._noteSilence(beganS));
+          // A hidden page that expects nothing asks no more often than at any time.
+          if (this._isIdle()) pauseS = Math.max(pauseS, POLL_SLOW_S);
         }
       }
       this._tellOfFloods();
       await this._rest(beganS, Math.max(pauseS, this._leastS));
     }
+  }
+
+  /** Note that it answers, and say so if it is back. */
+  _noteAnswer() {
+    const hasFailed = this._fails();
+    this._failsSinceS = NaN;
+    this.answers.set();
+    if (hasFailed) this._host.relayIsBack(this.url);
+  }
+
+  /**
+   * Note a round without an answer; return the seconds since the first of them began.
+   * @param {number} beganS
+   */
+  _noteSilence(beganS) {
+    this._hasLearned = false;
+    this.answers.clear();
+    if (!this._fails()) this._failsSinceS = beganS;
+    return this._nowS() - this._failsSinceS;
+  }
+
+  _fails() {
+    return !Number.isNaN(this._failsSinceS);
   }
 
   /**
@@ -253,6 +312,7 @@ export class Line {
       const isOnly = part.length === polls.length;
       await this._pollPart(part, isOnly ? Math.ceil(Math.min(WAIT_S, restS)) : 0);
     }
+    if (polls.length) this._noteAnswer();
     return Math.min(roster.pollGapS(), restS, roster.restS(this.url));
   }
 
@@ -274,7 +334,8 @@ export class Line {
     await this._places.take();
     try {
       const { signal } = this._woken;
-      const waits = !signal.aborted && !this._places.areTaken && this._mayWait();
+      const mayWait = !this._places.areTaken && !this._fails() && this._mayWait();
+      const waits = mayWait && !signal.aborted;
       const checked = await checkMailboxes(this._client, polls, waits ? waitS : 0, signal);
       this._isDoubted = false;
       return checked;
@@ -336,11 +397,14 @@ export class Line {
     return found;
   }
 
-  /** A hidden page that expects nothing asks once a minute. */
   _mayWait() {
+    return !this._isDoubted && !this._isIdle();
+  }
+
+  /** A hidden page that expects nothing asks once a minute. */
+  _isIdle() {
     const { page, roster } = this._host;
-    if (this._isDoubted) return false;
-    return !page.isHidden || roster.pollGapS() < POLL_SLOW_S;
+    return page.isHidden && roster.pollGapS() >= POLL_SLOW_S;
   }
 
   _isOver() {
@@ -364,6 +428,22 @@ function wordsOfFlood(name) {
   }
   return `brings more messages for ${name} than an app sends: somebody floods that mailbox, `
     + "or the relay is faulty. It is asked seldom.";
+}
+
+/**
+ * Wait until a relay answers, and a moment for the others. Without lines there is no wait.
+ *
+ * What answers may turn out in that moment to be none.
+ * @param {Line[]} lines
+ * @param {System["sleep"]} sleep
+ * @param {AbortSignal} over ends the wait
+ */
+async function hearFrom(lines, sleep, over) {
+  while (lines.length && !over.aborted) {
+    await Promise.race(lines.map((line) => line.answers.waited));
+    await Promise.race([Promise.all(lines.map((line) => line.learned)), sleep(LEARN_S)]);
+    if (lines.some((line) => line.answers.isSet)) return;
+  }
 }
 
 /**
@@ -434,7 +514,9 @@ export class Lines {
 
   /**
    * Return the lines to one's own relays for a contact, once they have said which servers they
-   * have, and lent. A relay that does not do it in time has none, for now. PROTOCOL.md, CONNECT-14.
+   * have, and lent. One of them has to answer, or nothing could come in that replies to an offer.
+   * Another one that does not do it in time has none, for now. PROTOCOL.md, CONNECT-14 and
+   * CONNECT-18.
    * @param {number} number
    * @param {Pick<ContactRecord, "relays">} record
    */
@@ -443,7 +525,10 @@ export class Lines {
     // Those of a new contact have no lines yet.
     this.draw();
     const lines = this.to(relays.map(([url]) => url));
-    await Promise.race([Promise.all(lines.map((line) => line.learned)), sleep(LEARN_S)]);
+    const named = lines.filter((line) => this._host.isNamed(line.url));
+    const over = new AbortController();
+    await Promise.race([
+      hearFrom(named, sleep, over.signal), sleep(GATHERED_S).then(() => over.abort())]);
     const loans = lines.map((line) => line.renewLoan(number));
     await Promise.race([Promise.all(loans), sleep(LEND_S)]);
     return lines;

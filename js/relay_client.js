@@ -7,7 +7,7 @@
  */
 
 import { NOTHING, concat, decodeBase64url, fromAscii, isObject, parseJson } from "./encoding.js";
-import { Refused, RelayError, RelayRefusalError } from "./errors.js";
+import { Refused, RelayError, RelayRefusalError, UnreachableError } from "./errors.js";
 import { NO_AT } from "./limits.js";
 import { isPrivateHost } from "./networks.js";
 import { shown } from "./shown.js";
@@ -173,7 +173,7 @@ export class RelayClient {
     } catch (error) {
       // Some of it is what a stranger's server says.
       const said = shown(String(/** @type {any} */ (error)?.message ?? error));
-      throw new RelayError(`${this.url} cannot be reached: ${said}.`);
+      throw new UnreachableError(`${this.url} cannot be reached: ${said}.`);
     } finally {
       signal?.removeEventListener("abort", end);
       over.abort();

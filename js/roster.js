@@ -242,6 +242,17 @@ export class Roster {
     return new Set(this.mailboxes().map(({ url }) => url));
   }
 
+  /**
+   * Return the ids of the contacts with a mailbox at a relay.
+   * @param {string} url
+   */
+  at(url) {
+    const entries = [...this.entries];
+    return entries
+      .filter(([, { contact }]) => contact.mailboxes.some((mailbox) => mailbox.url === url))
+      .map(([number]) => number);
+  }
+
   /** Return the URLs of the relays that the user has named for a contact. */
   namedRelays() {
     return this.all().flatMap(({ record }) => record.namedRelays);

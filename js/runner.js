@@ -396,6 +396,17 @@ export class Connectoid {
     this._steps.makeAll(this.roster.entries.keys(), networkChanged);
   }
 
+  /**
+   * Have what waits for a relay go on at once. What others had to send may wait for it too.
+   *
+   * This device's network may have been away, and nothing else has told so.
+   * @param {string} url
+   */
+  relayIsBack(url) {
+    this._sender.hurry();
+    this._steps.makeAll(this.roster.at(url), relayIsBack);
+  }
+
   // -- Contacts ----------------------------------------------------------------------------
 
   /**
@@ -469,6 +480,11 @@ function disconnect(contact, now) {
 /** @type {Step} */
 function networkChanged(contact, now) {
   return contact.networkChanged(now);
+}
+
+/** @type {Step} */
+function relayIsBack(contact, now) {
+  return contact.relayIsBack(now);
 }
 
 /** Delete what is kept of a contact. @type {Step} */

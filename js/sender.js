@@ -10,7 +10,7 @@
  */
 
 import { ConnectoidError } from "./errors.js";
-import { backoffS } from "./pauses.js";
+import { pauseAfterS } from "./pauses.js";
 import { retryS } from "./relay_client.js";
 
 /** @import { Complaints } from "./complaints.js" */
@@ -142,10 +142,11 @@ class Queue {
   /** @param {Letter} letter */
   async _sendOne(letter) {
     const { signal } = this._ended;
-    for (let failures = 0; !signal.aborted; failures += 1) {
+    const beganS = this._nowS();
+    while (!signal.aborted) {
       const error = await this._try(letter);
       if (!error || signal.aborted) return;
-      const pauseS = backoffS(error, failures);
+      const pauseS = pauseAfterS(error, this._nowS() - beganS);
       const isLast = this.isEnding || !this._complaints;
       if (isLast || this._nowS() + pauseS > letter.untilS) return;
       const untilS = this._nowS() + retryS(error);

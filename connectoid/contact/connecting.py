@@ -102,6 +102,15 @@ def begin(machine: Machine) -> str:
     return "waiting"
 
 
+def begin_anew(machine: Machine) -> None:
+    """Give up what was begun, and begin without long pauses for a while."""
+    machine.be_active()
+    # The same bytes of a hello are repeated, and the answer is for what made them.
+    if machine.record.state != "opened" or not machine.record.hello:
+        turn(machine, "stop")
+    turn(machine, "begin")
+
+
 def call(machine: Machine, cause: str | None) -> str:
     """Call for an offer, and give up the present connection."""
     leave_connection(machine)

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from connectoid.apps import check_app
 from connectoid.contact import connecting, inbox, outbox, pairing, renewal, rotation
 from connectoid.contact.effects import Effect, Now, Poll, Privacy, Save
-from connectoid.contact.machine import Attempt, Machine, can_connect
+from connectoid.contact.machine import Attempt, Machine
 from connectoid.contact.record import ContactRecord, urls_of
-from connectoid.contact.rules import LASTING
 from connectoid.errors import LinkError, Refused, UsageError
 from connectoid.limits import (
     INVITATION_US,
@@ -134,14 +133,24 @@ class Contact:
         """Begin anew if a connection is wanted and there is none: this device is elsewhere now."""
         machine = self.machine
         with machine.step(now) as effects:
-            is_wanted = machine.wanted or self.record.state in LASTING
-            if is_wanted and can_connect(self.record) and not self.is_connected:
+            if machine.lacks_connection:
                 machine.failed = 0
-                machine.be_active()
-                # The same bytes of a hello are repeated, and the answer is for what made them.
-                if self.record.state != "opened":
-                    connecting.turn(machine, "stop")
-                connecting.turn(machine, "begin")
+                connecting.begin_anew(machine)
+        return effects
+
+    def relay_is_back(self, now: Now) -> list[Effect]:
+        """Begin anew, at most once a minute, unless the other has what may lead to a connection.
+
+        An offer that was made before may lack the addresses that STUN servers tell.
+        """
+        machine = self.machine
+        with machine.step(now) as effects:
+            states = ["apart"]
+            if self.record.role == "opener":
+                states += ["gathering", "waiting"]
+            may_begin = machine.lacks_connection and self.attempt.state in states
+            if may_begin and machine.may_repeat("begin"):
+                connecting.begin_anew(machine)
         return effects
 
     def unshare(self, now: Now) -> list[Effect]:

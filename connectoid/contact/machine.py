@@ -311,9 +311,14 @@ class Machine:
     @property
     def wants_attempt(self) -> bool:
         """Return whether to begin an attempt, once its time has come."""
-        state = self.record.state
-        wanted = self.wanted or state in LASTING
-        return wanted and self.attempt.state == "apart" and can_connect(self.record)
+        return self.lacks_connection and self.attempt.state == "apart"
+
+    @property
+    def lacks_connection(self) -> bool:
+        """Return whether a connection is wanted and may be made, and there is none."""
+        is_wanted = self.wanted or self.record.state in LASTING
+        return (
+            is_wanted and can_connect(self.record) and self.attempt.state != "connected")
 
 
 def can_connect(record: ContactRecord) -> bool:

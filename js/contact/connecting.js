@@ -113,6 +113,18 @@ async function begin(machine) {
 }
 
 /**
+ * Give up what was begun, and begin without long pauses for a while.
+ * @param {Machine} machine
+ */
+export async function beginAnew(machine) {
+  machine.beActive();
+  // The same bytes of a hello are repeated, and the answer is for what made them.
+  const { state, hello } = machine.record;
+  if (state !== "opened" || !hello) await turn(machine, "stop");
+  await turn(machine, "begin");
+}
+
+/**
  * Call for an offer, and give up the former connection.
  * @param {Machine} machine
  * @param {string | null} cause

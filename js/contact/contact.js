@@ -14,13 +14,12 @@ import { trimSdp } from "../sdp.js";
 import { checkAddress } from "../suite.js";
 import * as connecting from "./connecting.js";
 import * as inbox from "./inbox.js";
-import { Machine, canConnect } from "./machine.js";
+import { Machine } from "./machine.js";
 import * as outbox from "./outbox.js";
 import * as pairing from "./pairing.js";
 import { addressesOf, compared, mailboxesOf, urlsOf } from "./record.js";
 import * as renewal from "./renewal.js";
 import { longestAddress, noteNamed, noteNew, rotate } from "./rotation.js";
-import { LASTING } from "./rules.js";
 
 /** @import { Bytes } from "../encoding.js" */
 /** @import { Allowed, Invitation, Relay } from "../links.js" */
@@ -135,14 +134,25 @@ export class Contact {
   networkChanged(now) {
     const { machine } = this;
     return machine.step(now, async () => {
-      const { state } = this.record;
-      const isWanted = machine.wanted || LASTING.includes(state);
-      if (!isWanted || !canConnect(this.record) || machine.attempt.state === "connected") return;
+      if (!machine.lacksConnection) return;
       machine.failed = 0;
-      machine.beActive();
-      // The same bytes of a hello are repeated, and the answer is for what made them.
-      if (state !== "opened") await connecting.turn(machine, "stop");
-      await connecting.turn(machine, "begin");
+      await connecting.beginAnew(machine);
+    });
+  }
+
+  /**
+   * Begin anew, at most once a minute, unless the other has what may lead to a connection.
+   *
+   * An offer that was made before may lack the addresses that STUN servers tell.
+   * @param {Now} now
+   */
+  relayIsBack(now) {
+    const { machine } = this;
+    return machine.step(now, async () => {
+      const states = ["apart"];
+      if (this.record.role === "opener") states.push("gathering", "waiting");
+      if (!machine.lacksConnection || !states.includes(machine.attempt.state)) return;
+      if (machine.mayRepeat("begin")) await connecting.beginAnew(machine);
     });
   }
 

@@ -388,8 +388,13 @@ export class Machine {
 
   /** Whether an attempt is to begin, as soon as it may. */
   get wantsAttempt() {
-    const wanted = this.wanted || LASTING.includes(this.record.state);
-    return wanted && this.attempt.state === "apart" && canConnect(this.record);
+    return this.lacksConnection && this.attempt.state === "apart";
+  }
+
+  /** Whether a connection is wanted and may be made, and there is none. */
+  get lacksConnection() {
+    const isWanted = this.wanted || LASTING.includes(this.record.state);
+    return isWanted && canConnect(this.record) && this.attempt.state !== "connected";
   }
 }
 

@@ -285,6 +285,26 @@ test("with another network an attempt begins anew, and a connection goes on", as
   assert.deepEqual(states({ alice, bob }), ["connected", "connected"]);
 });
 
+test("with a relay that is back an attempt begins anew, once a minute", async () => {
+  const wire = new Wire();
+  const { alice, bob } = await pair(wire);
+  await wire.rounds(4);
+  assert.deepEqual(await bob.relayIsBack(wire.now), [], "it is connected");
+  for (const [name, contact] of Object.entries(wire.contacts)) {
+    await wire.do(name, contact.channelClosed(wire.now, contact.attempt.attemptId));
+    assert.deepEqual(await contact.relayIsBack(wire.now), [], "nobody wants a connection");
+  }
+  await wire.do("Bob", bob.connect(wire.now));
+  const { attemptId } = bob.attempt;
+  for (const [seconds, attempts] of [[0, 1], [59, 1], [1, 2]]) {
+    wire.nowS += seconds;
+    await wire.do("Bob", bob.relayIsBack(wire.now));
+    assert.equal(bob.attempt.attemptId, attemptId + attempts, `after ${seconds} s`);
+  }
+  await wire.do("Alice", alice.connect(wire.now));
+  assert.deepEqual(await alice.relayIsBack(wire.now), [], "her call is out");
+});
+
 test("an answer to an offer that is not out is ignored", async () => {
   const wire = new Wire();
   const { alice, bob } = await pair(wire);

@@ -73,7 +73,7 @@ for (const [status, reply, told] of [
 test("a web page in place of a reply is told as what a portal does", async () => {
   for (const page of ["<!DOCTYPE html>Welcome to the hotel", "\r\n <html>Log in"]) {
     const { url } = await serve((response) => response.end(page));
-    const told = /^RelayError: .* a web page, as networks do where users have to log in: open/;
+    const told = /^\w*Error: .* a web page, as networks do where users have to log in: open/;
     await assert.rejects(new RelayClient(url).ask({ action: "check" }), told);
   }
 });
@@ -138,7 +138,7 @@ for (const [name, texts, isTaken] of BOUNDS) {
     const end = { ok: true, found: false };
     const reading = readFrom(({ at }) => (at ? end : repliesOf(texts)));
     if (isTaken) assert.deepEqual((await reading).map(([, data]) => data), texts);
-    else await assert.rejects(reading, /^RelayError: .* is not a relay/);
+    else await assert.rejects(reading, /^\w*Error: .* is not a relay/);
   });
 }
 

@@ -56,7 +56,7 @@ from connectoid.complaints import Complaints
 from connectoid.contact.contact import MAX_STEP_MESSAGES
 from connectoid.encoding import encode_base64url
 from connectoid.limits import BURST_PER_S, MAX_CHANNEL_BYTES
-from connectoid.line import Line, ReadBox
+from connectoid.line import Host, Line, ReadBox
 from connectoid.relay_client import (
     MAX_RECEIVES,
     RECEIVE_LIMIT,
@@ -199,7 +199,7 @@ def test_line_leaves_what_is_over_a_contact_s_budget_for_the_next_round(roster: 
         contact, _ = Contact.invite(SUITE, system_now(), "Bob", [(url, None), (url, None)])
         roster.add(contact)
         client = RelayClient(url)
-        line = Line(client, roster, Complaints(), asyncio.Semaphore(9), take, is_named=bool)
+        line = Line(client, roster, Complaints(), asyncio.Semaphore(9), Host(take, bool, print))
         running = asyncio.create_task(line.run())
         async with asyncio.timeout(SOON_S):
             while len(read) < 2:

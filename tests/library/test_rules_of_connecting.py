@@ -213,6 +213,38 @@ def test_attempt_begins_anew_with_another_network_and_a_connection_goes_on(desk:
     assert desk.bob.network_changed(desk.now) == []
 
 
+def test_attempt_begins_anew_with_a_relay_that_is_back_once_a_minute(desk: Desk) -> None:
+    """What the opener has out may lack what that relay's STUN server tells."""
+    assert desk.bob.relay_is_back(desk.now) == []
+    desk.offer()
+    attempt_id = desk.bob.attempt.attempt_id
+    for now_s, attempts in ((0.0, 1), (59.9, 1), (60.0, 2), (60.1, 2)):
+        desk.now_s = now_s
+        desk.bob.relay_is_back(desk.now)
+        assert desk.bob.attempt.attempt_id == attempt_id + attempts
+    connect(desk)
+    desk.now_s = 1_000
+    assert desk.bob.relay_is_back(desk.now) == []
+
+
+def test_inviter_s_call_is_not_repeated_for_a_relay_that_is_back(desk: Desk) -> None:
+    """It has nothing in it that could be wrong. Once she has given up, she calls."""
+    assert desk.kinds(desk.alice.connect(desk.now)) == ["call"]
+    assert desk.alice.relay_is_back(desk.now) == []
+    for now_s in (51.0, 102.0, 153.0):
+        desk.tick(desk.alice, now_s)
+    assert desk.alice.attempt.state == "apart"
+    assert desk.kinds(desk.alice.relay_is_back(desk.now)) == ["call"]
+
+
+def test_relay_that_is_back_ends_no_attempt_that_both_have_answered(desk: Desk) -> None:
+    desk.check(desk.alice, desk.offer())
+    desk.check(desk.bob, desk.gather(desk.alice, "answer"))
+    for contact in (desk.alice, desk.bob):
+        assert contact.attempt.state == "joining"
+        assert contact.relay_is_back(desk.now) == []
+
+
 def test_stale_offer_while_connected_is_answered_with_call_and_the_app_is_told() -> None:
     desk = Desk(relays=2)
     desk.now_s = 60.0

@@ -22,6 +22,8 @@ from apps import (
     SUITE,
     Apps,
     FakeRelay,
+    Wire,
+    Wires,
     honest,
     http_reply,
     make_record,
@@ -48,7 +50,9 @@ from connectoid import (
     limits,
 )
 from connectoid.clock import system_now
+from connectoid.ice import Ice
 from connectoid.line import WAIT_S
+from connectoid.webrtc import Description
 from connectoid_relay import Relay, SqliteStore
 
 # ---------------------------------------------------------------------------------------
@@ -101,11 +105,55 @@ def test_rubbish_relay_that_recovers_serves_its_contacts(apps: Apps, relay: Rela
         alice.close()
 
 
+class NotedWire(Wire):
+    """Connect in memory, and note the attempts for which WebRTC is asked."""
+
+    def __init__(self, wires: Wires) -> None:
+        super().__init__(wires)
+        self.attempts: list[int] = []
+
+    def gather(
+        self, contact: int, attempt_id: int, offer: Description | None, ice: Ice,
+    ) -> None:
+        """Note it first."""
+        self.attempts.append(attempt_id)
+        super().gather(contact, attempt_id, offer, ice)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["HTML", "nothing"])
+def test_offer_waits_until_a_relay_of_one_s_own_answers(
+    apps: Apps, relay: Relay, kind: str,
+) -> None:
+    """The network may be away, or want its users to log in. Checks do not wait meanwhile."""
+    away = threading.Event()
+    away.set()
+
+    def reply(request: Any) -> bytes:
+        if not away.is_set():
+            return honest(relay)(request)
+        return {"HTML": RUBBISH["HTML"], "nothing": b""}[kind]
+
+    with FakeRelay(reply) as fake:
+        webrtc = NotedWire(apps.wires)
+        alice, bob = apps.begin("Alice", fake.url), apps.begin("Bob", fake.url, webrtc=webrtc)
+        bob.open(alice.share("Bob", APP_URL), "Alice")
+        # Two of each: more than a second after the first.
+        until(lambda: len(fake.checks) > 3, "asked again")
+        assert webrtc.attempts == []
+        assert sum(check["wait"] > 0 for asked in fake.checks for check in asked.request) <= 2
+        away.clear()
+        assert alice.connect("Bob", SOON_S)
+        assert webrtc.attempts
+        bob.close()
+        alice.close()
+
+
 @pytest.mark.slow
 def test_relay_that_asks_for_time_gets_it(apps: Apps) -> None:
     """A `retry` of 4 s is obeyed by checks and by messages."""
-    replies = [{"ok": False, "error": "Busy", "retry": 4}]
-    with FakeRelay(lambda _: http_reply(replies[0], status="503 Busy")) as fake:
+    busy = http_reply({"ok": False, "error": "Busy", "retry": 4}, status="503 Busy")
+    with FakeRelay(lambda request: http_reply({"ok": True}) if request is None else busy) as fake:
         bob = apps.begin("Bob", fake.url)
         bob.open(make_record("Bob", fake.url).invitation, "Alice")
         sends = functools.partial(
