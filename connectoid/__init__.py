@@ -47,6 +47,7 @@ from connectoid.contact import (
 )
 from connectoid.errors import (
     REASONS,
+    ROUTINE,
     ConnectoidError,
     LinkError,
     OtherAppError,
@@ -81,6 +82,7 @@ __all__ = [
     "EVENTS",
     "PAIRING",
     "REASONS",
+    "ROUTINE",
     "AiortcAdapter",
     "AsyncChannel",
     "AsyncConnectoid",

@@ -22,6 +22,7 @@ REASONS: Mapping[str, str] = {
     "commitment": "a signing key and `r` that do not match the link",
     "reply": "`re` is not the hash of what was sent",
     "sender": "`from` is not the contact's signing key",
+    "replaced": "signed by a key that the contact has replaced: it came late, or from a copy",
     "replay": "a `seq` that is not larger than the last one, or the very bytes again",
     "ahead": "a `seq` that is a day ahead of this device's clock: one of the two clocks is wrong",
     "signature": "not signed by `from`",
@@ -31,6 +32,10 @@ REASONS: Mapping[str, str] = {
     "version": "no version of the protocol that both sides speak",
     "channel": "the other end of the channel could not show whose it is",
 }
+
+# The reasons for which nothing is wrong: copies of a message wait in each mailbox and are read
+# again each hour, and what the contact's former key has signed may come late.
+ROUTINE = frozenset({"replay", "replaced"})
 
 
 class ConnectoidError(Exception):

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from connectoid.complaints import Complaints
+from connectoid.errors import ROUTINE
 from connectoid.store import Store, StoreError
 
 # Between two events for one reason of one contact: a flood is told, and is no flood for the app.
 TOLD_EVERY_S = 3_600.0
 # Between two writes for one contact: what a kill may cost of the counts.
 WRITTEN_EVERY_S = 60.0
-# Copies of a message wait in each mailbox, and are read again each hour: nothing is wrong.
-ROUTINE = frozenset({"replay"})
 
 
 class Machine(Protocol):

@@ -39,8 +39,8 @@ export { PAIRING } from "./contact/pairing.js";
 export { checkRecord } from "./contact/record.js";
 export { decodeBase64url, encodeBase64url } from "./encoding.js";
 export {
-  ConnectoidError, LinkError, NotConnectedError, OtherAppError, REASONS, RecordError, Refused,
-  RelayError, StoreError, UnsupportedVersionError, UsageError,
+  ConnectoidError, LinkError, NotConnectedError, OtherAppError, REASONS, ROUTINE, RecordError,
+  Refused, RelayError, StoreError, UnsupportedVersionError, UsageError,
 } from "./errors.js";
 export { checkIceServers, hasStun, iceServers } from "./ice.js";
 export { formatAddress, makeLink, parseAddress, parseInvitation, readLink } from "./links.js";

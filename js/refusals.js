@@ -7,15 +7,14 @@
  * @module
  */
 
+import { ROUTINE } from "./errors.js";
+
 /** @import { Contact } from "./contact/contact.js" */
 
 // Between two events for one reason of one contact: a flood is told, and is no flood for the app.
 export const TOLD_EVERY_S = 3_600;
 // Between two writes for one contact: what a page that is left may lose of the counts.
 export const WRITTEN_EVERY_S = 60;
-// Copies of a message wait in each mailbox, and are read again each hour: nothing is wrong.
-const ROUTINE = "replay";
-
 /** Keep the refusals of one contact. */
 export class Refusals {
   /** @param {Record<string, number>} [written] the counts of earlier pages */
@@ -72,7 +71,7 @@ export class Refusals {
    */
   _isToTell(reasons, nowS) {
     const untold = reasons.filter((reason) => (
-      reason !== ROUTINE && nowS - (this._toldS[reason] ?? -Infinity) >= TOLD_EVERY_S));
+      !ROUTINE.includes(reason) && nowS - (this._toldS[reason] ?? -Infinity) >= TOLD_EVERY_S));
     for (const reason of untold) this._toldS[reason] = nowS;
     return untold.length > 0;
   }

@@ -111,6 +111,7 @@ def context(
         "link_hash": "",
         "old_from": "",
         "old_private": "",
+        "former_contact": "",
         "key_news": "",
         "seq": START + 2_000_000,
         "seen_seq": 0,

@@ -57,7 +57,12 @@ def new_bobs(kind: str, /, **changes: Any) -> str:
 def contexts_of_renewals() -> dict[str, Json]:
     """Return the contexts in which one side has a new key."""
     known = contexts()
-    bob_is_new = {"contact": NEW_BOB.pub, "connectoid": B2_AT, "seen_seq": LATE - 1}
+    bob_is_new = {
+        "contact": NEW_BOB.pub,
+        "former_contact": BOB.pub,
+        "connectoid": B2_AT,
+        "seen_seq": LATE - 1,
+    }
     renewing: Json = {
         "from": NEW_ALICE.pub,
         "private": NEW_ALICE.private,
@@ -70,7 +75,12 @@ def contexts_of_renewals() -> dict[str, Json]:
         "alice paired, two were Bob": known["alice paired"] | {"key_news": "copied"},
         "alice unshared, Bob is new": known["alice unshared"] | bob_is_new,
         "bob paired, Alice is new": known["bob paired"]
-        | {"contact": NEW_ALICE.pub, "connectoid": A2_AT, "seen_seq": LATE - 1},
+        | {
+            "contact": NEW_ALICE.pub,
+            "former_contact": ALICE.pub,
+            "connectoid": A2_AT,
+            "seen_seq": LATE - 1,
+        },
         "alice paired, renewing": context(
             "inviter",
             "paired",
@@ -106,6 +116,7 @@ def accepted_new_keys() -> Iterator[Json]:
         "alice paired",
         Box(A1, mine),
         contact=NEW_BOB.pub,
+        former_contact=BOB.pub,
         connectoid=B2_AT,
         seen_seq=LATE,
         state="paired",
@@ -141,6 +152,7 @@ def accepted_newer_keys() -> Iterator[Json]:
         "alice paired, Bob is new",
         Box(A1, again),
         contact=NEWEST_BOB.pub,
+        former_contact=NEW_BOB.pub,
         seen_seq=LATE,
         sent=[answered(B2, B2_AT, again)],
     )
@@ -459,18 +471,21 @@ def refused_old_keys() -> Iterator[Json]:
     yield refused("replay", "the same renew again", new, Box(A1, bob_renews()))
     yield refused("replay", "the same renew again, to who has left", left, Box(A1, bob_renews()))
     thief = bob_renews(BOB, MALLORY)
+    for name, where in (
+        ("another renew by the old key", new),
+        ("another renew by the old key, to who has left", left),
+    ):
+        yield refused("sender", name, where, Box(A1, thief))
     for name, where, text in (
-        ("another renew by the old key", new, thief),
-        ("another renew by the old key, to who has left", left, thief),
         ("offer by the old key", new, bobs("offer")),
         ("moved by the old key", new, bobs("moved")),
         ("unshare by the old key", new, bobs("unshare")),
         ("unshare by the old key, to who has left", left, bobs("unshare")),
         ("unshare by the old key with the largest seq", new, bobs("unshare", seq=2**53 - 1)),
     ):
-        yield refused("sender", name, where, Box(A1, text))
+        yield refused("replaced", name, where, Box(A1, text))
     yield refused(
-        "sender",
+        "replaced",
         "call by Alice's old key",
         "bob paired, Alice is new",
         Box(B1, alices("call", to=B1_AT)),

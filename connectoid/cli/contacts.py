@@ -41,6 +41,12 @@ KEY_WARNINGS = {
     "copied": "two devices say that they are this contact: unshare, and share again",
 }
 
+# How to show what did not count, and for which nothing is wrong: a word for each of ROUTINE.
+ROUTINE_WORDS = {
+    "replay": "copies of messages that came before, as relays and mailboxes often deliver them",
+    "replaced": "late messages signed by the key that the contact has replaced",
+}
+
 
 class Row(NamedTuple):
     """What people see of a contact."""
@@ -68,15 +74,27 @@ def list_contacts(arguments: argparse.Namespace, teller: Teller) -> int:
             verified=record.verified, differs=record.differs,
             renewing=bool(record.old_signer), moving=record.is_moving,
             key_news=record.key_news or None,
-            opened_twice=bool(record.used_to), refused=refusals)
+            opened_twice=bool(record.used_to), **sorted_out(refusals))
     return 0
+
+
+def sorted_out(refusals: Mapping[str, int]) -> dict[str, Mapping[str, int]]:
+    """Return what was refused apart from that for which nothing is wrong."""
+    routine = {reason: count for reason, count in refusals.items() if reason in connectoid.ROUTINE}
+    refused = {reason: count for reason, count in refusals.items() if reason not in routine}
+    return {"refused": refused, "routine": routine}
 
 
 def show_refusals(refusals: Mapping[str, int]) -> str:
     """Return, in lines to follow a contact, how often what was refused, and why."""
-    return "".join(
-        f"\n    refused as {reason}: {refusals[reason]:,} ({connectoid.REASONS[reason]})"
-        for reason in sorted(refusals))
+    parts = sorted_out(refusals)
+    lines = [
+        f"refused as {reason}: {count:,} ({connectoid.REASONS[reason]})"
+        for reason, count in sorted(parts["refused"].items())]
+    lines += [
+        f"normal: {count:,} {ROUTINE_WORDS[reason]}"
+        for reason, count in sorted(parts["routine"].items())]
+    return "".join(f"\n    {line}" for line in lines)
 
 
 def show_rows(rows: Sequence[Row]) -> list[str]:

@@ -285,6 +285,9 @@ def check_numbered(machine: Machine, received: Received) -> None:
     if message.type == "renew" and renewal.is_known(machine, message.payload["next"]):
         # What follows it counts without it.
         raise Refused("replay")
+    if message.payload["from"] == record.former_contact and message.type != "renew":
+        # For as long as relays keep it: nothing is wrong. Another `renew` is that of a copy.
+        raise Refused("replaced")
     if message.payload["from"] != record.contact:
         raise Refused("sender")
     if message.type not in LAST_WORDS:

@@ -113,6 +113,8 @@ class ContactRecord:
     # The signing key before, which vouches for the present one until the contact has answered.
     old_private_key: str = field(default="", repr=False)
     old_signer: str = ""
+    # The other's signing key before the present one.
+    former_contact: str = ""
     # One of KEY_NEWS, until the user says that all is well.
     key_news: str = ""
 

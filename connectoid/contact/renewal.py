@@ -89,7 +89,11 @@ def hold(machine: Machine, received: Received) -> None:
 
 def take(machine: Machine, message: Message) -> None:
     """Know the contact by the new key alone from now on, and tell the user."""
-    machine.keep(contact=message.payload["next"], key_news="renewed")
+    machine.keep(
+        former_contact=machine.record.contact,
+        contact=message.payload["next"],
+        key_news="renewed",
+    )
     if machine.may_tell_renewed():
         _tell_who_stays(machine, "contact_renewed")
 

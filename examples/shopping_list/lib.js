@@ -11,6 +11,6 @@ const BESIDE = "./connectoid.js";
 const library = await import("../../js/connectoid.js").catch(() => import(BESIDE));
 
 export const {
-  Connectoid, EMOJI, NotConnectedError, RelayError, Store, StoreError, appOfContact,
+  Connectoid, EMOJI, NotConnectedError, ROUTINE, RelayError, Store, StoreError, appOfContact,
   checkIceServers, makeLink, parseAddress, readLink, shown,
 } = library;

@@ -15,6 +15,7 @@ import {
   Connectoid,
   EMOJI,
   NotConnectedError,
+  ROUTINE,
   RelayError,
   Store,
   StoreError,
@@ -686,12 +687,13 @@ export class Sync {
   }
 
   /**
-   * Return how much of what came for a contact was refused. Copies of a message are no news.
+   * Return how much of what came for a contact was refused, and is no routine.
    * @param {string} id
    */
   _refusedOf(id) {
-    const { replay, ...others } = this._lib.refusals(id);
-    return Object.values(others).reduce((sum, count) => sum + count, 0);
+    return Object.entries(this._lib.refusals(id))
+      .filter(([reason]) => !ROUTINE.includes(reason))
+      .reduce((sum, [, count]) => sum + count, 0);
   }
 }
 

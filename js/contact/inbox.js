@@ -350,6 +350,8 @@ async function checkNumbered(machine, { message: { type, payload }, own }) {
   }
   // What follows it counts without it.
   if (type === "renew" && renewal.isKnown(machine, payload.next)) throw new Refused("replay");
+  // For as long as relays keep it: nothing is wrong. Another `renew` is that of a copy.
+  if (payload.from === record.formerContact && type !== "renew") throw new Refused("replaced");
   if (payload.from !== record.contact) throw new Refused("sender");
   if (!LAST_WORDS.includes(type)) checkSeq(machine, payload.seq);
 }

@@ -55,6 +55,7 @@ import { NUMBERED_FOR, PAIRING_STATES } from "./rules.js";
  * @property {string[]} namedRelays the URLs that the user has named, of relays with own addresses
  * @property {Key} oldPrivateKey vouches for the present one until the contact has answered
  * @property {string} oldSigner its public key
+ * @property {string} formerContact the other's signing key before the present one
  * @property {string} keyNews one of KEY_NEWS, until the user says that all is well
  */
 
@@ -105,6 +106,7 @@ export const BLANK = {
   why: "",
   namedRelays: [],
   ...NO_OLD_KEY,
+  formerContact: "",
   keyNews: "",
 };
 
@@ -176,8 +178,8 @@ function withLater(kept) {
   const { relaysNamed, ...others } = kept;
   const namedRelays = relaysNamed === true ? urlsOf(others.relays) : [];
   return {
-    differs: false, protocol: 1, app: "", replaced: [], namedRelays, ...NO_OLD_KEY, keyNews: "",
-    ...others,
+    differs: false, protocol: 1, app: "", replaced: [], namedRelays, ...NO_OLD_KEY,
+    formerContact: "", keyNews: "", ...others,
   };
 }
 

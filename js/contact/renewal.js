@@ -109,7 +109,8 @@ export function hold(machine, received) {
  * @param {Message} message
  */
 export function take(machine, { payload }) {
-  machine.keep({ contact: payload.next, keyNews: "renewed" });
+  const { contact: formerContact } = machine.record;
+  machine.keep({ formerContact, contact: payload.next, keyNews: "renewed" });
   if (machine.mayTellRenewed()) tellWhoStays(machine, "contact_renewed");
 }
 

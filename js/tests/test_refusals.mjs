@@ -3,14 +3,14 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { REASONS } from "../errors.js";
+import { REASONS, ROUTINE } from "../errors.js";
 import { Refusals, TOLD_EVERY_S, WRITTEN_EVERY_S } from "../refusals.js";
 import { MemoryStore, RELAYS, startApp } from "./harness.mjs";
 
-test("every reason is counted and told, but copies of a message are only counted", () => {
+test("every reason is counted and told, but what is routine is only counted", () => {
   for (const reason of Object.keys(REASONS)) {
     const refusals = new Refusals();
-    assert.equal(refusals.note({ dropped: { [reason]: 2 } }, 0), reason !== "replay");
+    assert.equal(refusals.note({ dropped: { [reason]: 2 } }, 0), !ROUTINE.includes(reason));
     assert.deepEqual(refusals.counts, { [reason]: 2 });
   }
 });

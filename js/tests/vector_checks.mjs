@@ -463,6 +463,7 @@ async function keep(known, rotatedUs) {
     former,
     rotatedUs,
     contact: known.contact,
+    formerContact: known.former_contact,
     contactAddress: known.connectoid,
     comparison: [],
     verified: false,
@@ -483,6 +484,7 @@ function after(record) {
   return {
     state: record.state,
     contact: record.contact,
+    former_contact: record.formerContact,
     old_from: record.oldSigner,
     key_news: record.keyNews,
     connectoid: record.contactAddress,

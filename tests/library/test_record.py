@@ -252,6 +252,7 @@ SAVED_MEMBERS = {
     "named_relays",
     "old_private_key",
     "old_signer",
+    "former_contact",
     "key_news",
 }
 

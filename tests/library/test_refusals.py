@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import sqlite3
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from apps import NOWHERE, make_record, store_of
 
 import connectoid.cli
-from connectoid import REASONS, Store, StoreError
+from connectoid import REASONS, ROUTINE, Store, StoreError
+from connectoid.cli.contacts import ROUTINE_WORDS
 from connectoid.complaints import Complaints
-from connectoid.refusals import ROUTINE, TOLD_EVERY_S, WRITTEN_EVERY_S, Refusals
+from connectoid.refusals import TOLD_EVERY_S, WRITTEN_EVERY_S, Refusals
 
 
 class Machine:
@@ -161,7 +163,7 @@ def test_contacts_with_verbose_show_what_was_refused(
 ) -> None:
     """How often, and why."""
     store = store_of(tmp_path / "s.db", make_record("Bob", NOWHERE))
-    store.save_refusals(1, {"sdp": 1_234, "ahead": 1})
+    store.save_refusals(1, {"sdp": 1_234, "ahead": 1, "replay": 40, "replaced": 3})
     store.close()
     argv = ["contacts", "--store", str(tmp_path / "s.db")]
     assert connectoid.cli.main(argv) == 0
@@ -170,6 +172,14 @@ def test_contacts_with_verbose_show_what_was_refused(
     assert capsys.readouterr().out == (
         "Bob\tnot opened yet\t-\n"
         f"    refused as ahead: 1 ({REASONS['ahead']})\n"
-        f"    refused as sdp: 1,234 ({REASONS['sdp']})\n")
+        f"    refused as sdp: 1,234 ({REASONS['sdp']})\n"
+        f"    normal: 3 {ROUTINE_WORDS['replaced']}\n"
+        f"    normal: 40 {ROUTINE_WORDS['replay']}\n")
     assert connectoid.cli.main([*argv, "--json"]) == 0
-    assert '"refused": {' in capsys.readouterr().out
+    told = json.loads(capsys.readouterr().out)
+    assert told["refused"] == {"ahead": 1, "sdp": 1_234}
+    assert told["routine"] == {"replay": 40, "replaced": 3}
+
+
+def test_everything_routine_has_words() -> None:
+    assert ROUTINE_WORDS.keys() == ROUTINE

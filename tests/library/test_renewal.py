@@ -29,6 +29,7 @@ from fake_wire import (
 )
 
 from connectoid import (
+    ROUTINE,
     ContactRecord,
     Gather,
     RecordError,
@@ -182,6 +183,22 @@ def test_suite_and_record_keep_no_key_that_was_renewed() -> None:
     assert alice.record.private_keys | bob.record.private_keys <= {*suite._private_keys}
 
 
+@pytest.mark.parametrize("who", NAMES)
+def test_late_messages_of_a_replaced_key_are_no_refusals(toy: World, who: str) -> None:
+    """A restart reads all again that relays still keep, for an hour."""
+    owner, other = sides(toy, who)
+    late = signed_by(owner, "unshare", to=newest(other).address)
+    renew(owner)
+    settle(owner, other)
+    assert other.hear(late) == []
+    assert other.contact.dropped["replaced"] == 1
+    again = other.restarted()
+    again.poll()
+    assert again.contact.dropped["replaced"] >= 1
+    assert again.contact.dropped.keys() <= ROUTINE
+    assert again.record == other.record
+
+
 # -- A copy of the device ----------------------------------------------------------------
 
 
@@ -197,7 +214,7 @@ def test_copy_of_a_device_is_shut_out_once_its_owner_has_renewed(toy: World, who
     for number, kind in enumerate(("moved", "unshare", asks)):
         text = signed_by(thief, kind, to=to, seq=toy.wall_us + number, sdpOffer=sdp("offer"))
         assert count(Send, other.hear(text)) == 0
-    assert other.contact.dropped["sender"] == 3
+    assert other.contact.dropped == {"replaced": 3}
     assert other.record == before
     # He has a key to nothing that is written from now on.
     put = toy.put_so_far

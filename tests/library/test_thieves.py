@@ -183,6 +183,7 @@ def test_lives_are_long_enough_for_the_thief_to_be_shut_out_in_most_of_them(toy:
         for _ in range(STEPS):
             lives.act()
         shut_out += lives.is_shut_out
-        refused += lives.other.contact.dropped["sender"]
+        dropped = lives.other.contact.dropped
+        refused += dropped["sender"] + dropped["replaced"]
     assert shut_out > len(SEEDS) / 2
     assert refused > len(SEEDS)

@@ -381,6 +381,7 @@ SAME = (
     "hello_hash",
     "welcome",
     "contact",
+    "former_contact",
     "seq",
     "seen_seq",
     "app",
@@ -441,6 +442,7 @@ def after(record: ContactRecord) -> dict[str, Any]:
     return {
         "state": record.state,
         "contact": record.contact,
+        "former_contact": record.former_contact,
         "old_from": record.old_signer,
         "key_news": record.key_news,
         "connectoid": record.contact_address,
