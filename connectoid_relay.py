@@ -4572,7 +4572,7 @@ class Connection:
 # Linux's, in ip(7): Python names it since 3.14, and other systems have another.
 IP_PKTINFO = 8
 # What the kernel tells beside a datagram: an address of IPv6 and an interface, or less.
-PACKET_INFO_SPACE = socket.CMSG_SPACE(16 + 4)
+PACKET_INFO_BYTES = 16 + 4
 # The routes say through which interface a reply goes: it need not be the one of the request.
 ANY_INTERFACE = bytes(4)
 
@@ -4628,7 +4628,7 @@ class _DatagramFront:
             for _ in range(DATAGRAM_BATCH):
                 if self._is_told:
                     datagram, told, _, address = self.socket.recvmsg(
-                        MAX_DATAGRAM_BYTES + 1, PACKET_INFO_SPACE)
+                        MAX_DATAGRAM_BYTES + 1, socket.CMSG_SPACE(PACKET_INFO_BYTES))
                 else:
                     datagram, address = self.socket.recvfrom(MAX_DATAGRAM_BYTES + 1)
                 kind, reply = self._answer(datagram, *address[:2])

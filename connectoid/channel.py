@@ -18,6 +18,7 @@ from typing import Protocol
 from connectoid.errors import ConnectoidError, UsageError
 from connectoid.limits import MAX_CHANNEL_BYTES
 from connectoid.loop_thread import LoopThread
+from connectoid.operating_system import next_of
 
 # Of a channel, that the app has not taken: then it is closed.
 MAX_QUEUED_MESSAGES = 1_024
@@ -98,7 +99,7 @@ class Channel:
         """
         self._loop_thread.check_process()
         try:
-            message = self._came.get(timeout=timeout_s)
+            message = next_of(self._came, timeout_s)
         except queue.Empty:
             raise TimeoutError("Nothing came.") from None
         if message is None:

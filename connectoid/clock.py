@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 from connectoid.contact import Now
@@ -9,6 +10,8 @@ from connectoid.contact import Now
 
 def boot_time_s() -> float:
     """Return the seconds of a clock that never steps and counts while the machine sleeps."""
+    if sys.platform == "win32":
+        return time.monotonic()
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any, ParamSpec, TypeVar
 
 from connectoid.errors import UsageError
+from connectoid.operating_system import result_of
 
 # For tasks of others, such as aiortc's, when the loop ends.
 STOP_S = 2.0
@@ -108,7 +109,7 @@ class LoopThread:
             coroutine.close()
             raise
         try:
-            return future.result(timeout_s)
+            return result_of(future, timeout_s)
         except BaseException:
             future.cancel()
             raise

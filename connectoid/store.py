@@ -6,7 +6,6 @@ With a passphrase each record is encrypted. An export carries all records to ano
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -21,6 +20,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from connectoid.contact import ContactRecord
 from connectoid.encoding import load_json
 from connectoid.errors import REASONS, ConnectoidError
+from connectoid.operating_system import PRIVATE, long_path, take_lock
 from connectoid.suite import CONTEXTS
 
 # "Conn": which program a SQLite file belongs to.
@@ -70,6 +70,8 @@ class Store:
     ) -> None:
         self.path = os.fspath(path)
         self._is_file = self.path != ":memory:"
+        if self._is_file:
+            self.path = long_path(self.path)
         self._is_closed = False
         self._opened = contextlib.ExitStack()
         if lock and self._is_file:
@@ -186,18 +188,17 @@ class Store:
 
     def _take_lock(self) -> None:
         """Be the only process that runs these contacts, until this is closed."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         try:
-            lock_fd = os.open(f"{self.path}-lock", flags, 0o600)
+            lock_fd = os.open(f"{self.path}-lock", os.O_RDWR | os.O_CREAT, PRIVATE)
             self._opened.callback(os.close, lock_fd)
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise StoreError(f"Another program is using {self.path}: end it first.") from None
+            is_taken = take_lock(lock_fd)
         except OSError as error:
             self.close()
             why = error.strerror or error
             raise StoreError(f"The store {self.path} cannot be opened: {why}.") from None
+        if not is_taken:
+            self.close()
+            raise StoreError(f"Another program is using {self.path}: end it first.")
 
     def _open_file(self, passphrase: str | None) -> AESGCM | None:
         """Open the file, make the tables if it is new, and return its cipher."""
@@ -210,12 +211,12 @@ class Store:
         self._prepare(passphrase)
         cipher = self._unlock(passphrase)
         if self._is_file:
-            os.chmod(self.path, 0o600)
+            os.chmod(self.path, PRIVATE)
         return cipher
 
     def _check_mark(self) -> None:
         """Raise StoreError for a file of another kind; make a missing one."""
-        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "rb") as file:
+        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, PRIVATE), "rb") as file:
             mark = file.read(len(SQLITE_MARK))
         if mark not in (b"", SQLITE_MARK):
             raise self._foreign()

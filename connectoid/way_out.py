@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeAlias
 
@@ -87,7 +88,7 @@ async def watch_way_out(changed: Callable[[], Awaitable[None]]) -> None:
 @contextlib.contextmanager
 def _open_news() -> Iterator[socket.socket | None]:
     """Lend a socket that becomes readable when something has changed; None where there is none."""
-    if not hasattr(socket, "AF_NETLINK"):
+    if sys.platform != "linux":
         yield None
         return
     try:

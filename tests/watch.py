@@ -43,6 +43,7 @@ SOCKET_ROOMS = (
     "tests/library/test_hostile_webrtc.py",
     "tests/library/test_http_transport.py",
     "tests/library/test_isolation.py",
+    "tests/library/test_no_posix.py",
     "tests/library/test_lent_turn.py",
     "tests/library/test_lifetimes.py",
     "tests/library/test_other_apps.py",

@@ -21,6 +21,7 @@ from connectoid.cli.pairing import open_link, share
 from connectoid.cli.running import DEFAULT_STORE, ENVIRONMENT, EndedError
 from connectoid.cli.telling import Teller, in_flags, telling_warnings
 from connectoid.ice import check_ice_servers, has_turn, load_ice_servers, parse_ice_servers
+from connectoid.operating_system import speak_utf8
 
 # Each gets the arguments and returns the exit code.
 COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Teller], int], str]] = {
@@ -226,6 +227,7 @@ def add_file_arguments(made: Mapping[str, argparse.ArgumentParser]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 done, 1 failed, 2 usage, 130 interrupted."""
+    speak_utf8(sys.stdin, sys.stdout, sys.stderr)
     try:
         try:
             return run(argv)
@@ -276,6 +278,8 @@ def prepare_store(arguments: argparse.Namespace) -> None:
     """Make the folder of a new store; raise UsageError if a command needs one that is there."""
     if arguments.command in NEEDS_NO_STORE:
         return
+    if not arguments.store:
+        raise connectoid.UsageError("This user has no home: name a store with --store.")
     if arguments.command in MAKES_STORE:
         folder = os.path.dirname(os.path.abspath(arguments.store))
         os.makedirs(folder, mode=0o700, exist_ok=True)

@@ -13,6 +13,7 @@ import connectoid
 from connectoid import Store
 from connectoid.cli.running import passphrase_of, read_passphrase
 from connectoid.cli.telling import Teller
+from connectoid.operating_system import PRIVATE
 
 
 def export(arguments: argparse.Namespace, teller: Teller) -> int:
@@ -30,7 +31,7 @@ def export(arguments: argparse.Namespace, teller: Teller) -> int:
 
 
 def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    return os.open(path, flags, PRIVATE)
 
 
 def import_(arguments: argparse.Namespace, teller: Teller) -> int:

@@ -32,6 +32,7 @@ from connectoid.cli.talking import (
     read_reply,
 )
 from connectoid.cli.telling import Teller
+from connectoid.operating_system import NO_FOLLOW, long_path
 
 # Of a file, in one message: WebRTC's smallest common limit is 64 KiB.
 BLOCK_BYTES = 60_000
@@ -224,15 +225,15 @@ def keep_file(
     name, size, _ = offer
     part = inbox.part(offer)
     check_room(part, size)
-    with open(part, "a+b", opener=open_no_link) as file:
-        digest = digest_of(file, size)
-        progress = functools.partial(teller.progress, name)
-        try:
+    progress = functools.partial(teller.progress, name)
+    try:
+        with open(part, "a+b", opener=open_no_link) as file:
+            digest = digest_of(file, size)
             end = receive_blocks(channel, file, size, digest, progress)
-        except TransferError:
-            # Whoever breaks the rules does not go on.
-            part.unlink()
-            raise
+    except TransferError:
+        # Whoever breaks the rules does not go on. Windows removes no file that is open.
+        part.unlink()
+        raise
     if end.get("sha256") != digest.hexdigest() or part.stat().st_size != size:
         part.unlink()
         give_up(channel, None)
@@ -242,7 +243,7 @@ def keep_file(
 
 def open_no_link(path: str, flags: int) -> int:
     """Open a file, but follow no link: in a shared folder it may be somebody else's."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    return os.open(path, flags | NO_FOLLOW, 0o666)
 
 
 def give_up(channel: MessageChannel, reason: str | None) -> None:
@@ -310,12 +311,12 @@ def put_in_place(
     Raises OSError.
     """
     stem, suffix = os.path.splitext(name)
-    final = folder / name
+    final = pathlib.Path(long_path(str(folder / name)))
     for number in range(1, MAX_SAME_NAMES + 1):
         try:
             give_name(part, final, link)
         except FileExistsError:
-            final = folder / f"{stem} ({number}){suffix}"
+            final = final.with_name(f"{stem} ({number}){suffix}")
             continue
         return final
     raise FileExistsError(errno.EEXIST, "too many files there have this name")

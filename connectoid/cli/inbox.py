@@ -21,6 +21,7 @@ import connectoid
 from connectoid import shown
 from connectoid.cli.talking import NOT_UNDERSTOOD, TransferError, count_of
 from connectoid.cli.telling import MAX_NAME_CHARS, Teller
+from connectoid.operating_system import long_path
 
 # Of all files of one command, unless the user says otherwise: a film, the largest file of a FAT
 # file system, and a part of any disk.
@@ -42,6 +43,13 @@ NOT_WANTED = "it is not wanted"
 # What looks like the separators of a path, `/` and `\\`, in whatever block of Unicode.
 LIKE_SEPARATORS = re.compile(
     "[\u2044\u2215\u2216\u2571\u2572\u27cb\u27cd\u29f5\u29f8\u29f9\ufe68\uff0f\uff3c]")
+
+# What Windows takes for a drive, an alternate stream, a wildcard or a redirection.
+RESERVED_CHARS = re.compile(r'[<>:"|?*]')
+# What Windows takes for a device, with any suffix.
+RESERVED_NAMES = re.compile(
+    "(?:con|prn|aux|nul|conin\\$|conout\\$|(?:com|lpt)[0-9\u00b9\u00b2\u00b3]) *(?:\\.|$)",
+    re.IGNORECASE)
 
 # Returns whether the user says yes to a question; the second answer is about all later ones.
 Ask: TypeAlias = Callable[[str], tuple[bool, bool]]
@@ -86,7 +94,8 @@ class Inbox:
     def part(self, offer: Offer) -> pathlib.Path:
         """Return where a file grows until it is whole."""
         stem = offer.name.encode()[:MAX_NAME_BYTES - PART_NAME_BYTES].decode("utf-8", "ignore")
-        return self.folder / f".{stem}.{offer.fingerprint}.part"
+        path = self.folder / f".{stem}.{offer.fingerprint}.part"
+        return pathlib.Path(long_path(str(path)))
 
     def refusal(self, offer: Offer) -> str | None:
         """Return why an offer is refused; None accepts it. The user is asked if need be."""
@@ -155,10 +164,16 @@ def ask_user(question: str) -> tuple[bool, bool]:
 def safe_name(name: object) -> str:
     """Return a file name that leads nowhere else; raise TransferError.
 
-    It does not hide, as names with a dot do, and is no option of a command, as `-rf` in `rm *`.
+    It does not hide, as names with a dot do, and is no option of a command, as `-rf` in `rm *`. It
+    means the same on every system: a folder may be on a stick, or in a network.
     """
     if not isinstance(name, str):
         raise TransferError(NOT_UNDERSTOOD)
     last = name.replace("\\", "/").rpartition("/")[2]
     plain = shown(LIKE_SEPARATORS.sub("_", last), MAX_NAME_BYTES).lstrip(".- ")
-    return plain.encode("utf-8")[:MAX_NAME_BYTES].decode("utf-8", "ignore") or "file"
+    whole = RESERVED_CHARS.sub("_", plain).encode("utf-8")[:MAX_NAME_BYTES]
+    # Windows drops these at the end.
+    safe = whole.decode("utf-8", "ignore").rstrip(". ")
+    if RESERVED_NAMES.match(safe):
+        return f"_{safe}"
+    return safe or "file"

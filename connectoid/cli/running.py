@@ -19,10 +19,11 @@ from connectoid import (
     Store,
 )
 from connectoid.cli.telling import Teller
+from connectoid.operating_system import data_file
 
 ENVIRONMENT = os.environ.get
-HOME = ENVIRONMENT("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-DEFAULT_STORE = ENVIRONMENT("CONNECTOID_STORE") or os.path.join(HOME, "connectoid", "contacts.db")
+# Empty where nobody is at home: then a command that needs a store asks for --store.
+DEFAULT_STORE = ENVIRONMENT("CONNECTOID_STORE") or data_file("connectoid", "contacts.db")
 
 
 # No other app opens the links of this one. It is no setting: a command line that claimed to be

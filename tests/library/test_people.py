@@ -48,6 +48,8 @@ sys.exit(connectoid.cli.main(sys.argv[1:]))
 class Terminal:
     """A command that runs, with the events that it told so far."""
 
+    program = TERMINAL
+
     def __init__(self, home: Path, *argv: str, relays: Sequence[str] = ()) -> None:
         home.mkdir(exist_ok=True)
         environment = {
@@ -56,7 +58,7 @@ class Terminal:
             "CONNECTOID_RELAY": " ".join(relays),
         }
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", TERMINAL, *argv, "--json"],
+            [sys.executable, "-c", self.program, *argv, "--json"],
             cwd=home,
             env=environment,
             stdin=subprocess.PIPE,
@@ -119,13 +121,15 @@ class Terminal:
 class People:
     """Alice and Bob, each with a store of their own, and their relays."""
 
-    def __init__(self, folder: Path, relays: Sequence[str]) -> None:
-        self.folder, self.relays = folder, relays
+    def __init__(
+        self, folder: Path, relays: Sequence[str], terminal: type[Terminal] = Terminal,
+    ) -> None:
+        self.folder, self.relays, self._terminal = folder, relays, terminal
         self.terminals: list[Terminal] = []
 
     def run(self, who: str, *argv: str) -> Terminal:
         """Start a command."""
-        self.terminals.append(Terminal(self.folder / who, *argv, relays=self.relays))
+        self.terminals.append(self._terminal(self.folder / who, *argv, relays=self.relays))
         return self.terminals[-1]
 
     def pair(self) -> None:

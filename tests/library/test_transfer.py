@@ -317,7 +317,7 @@ HOSTILE_NAMES = {
     "\ud800x": "\ufffdx",
     "e" * 199: "e" * 199,
     "e" * 200: "e" * 200,
-    "e" * 194 + ".tar.gz": "e" * 133 + "\u2026" + "e" * 59 + ".tar.",
+    "e" * 194 + ".tar.gz": "e" * 133 + "\u2026" + "e" * 59 + ".tar",
     "\u00fc" * 300: "\u00fc" * 100,
     "a" + " " * 300 + ".exe": "a \u2026 .exe",
     "a\u2800\u3164\u00a0\tb": "a b",
@@ -328,6 +328,24 @@ HOSTILE_NAMES = {
     "-": "file",
     "\u202egpj.exe": "\ufffdgpj.exe",
     "CON/../x": "x",
+    # What Windows reads otherwise.
+    "C:evil.txt": "C_evil.txt",
+    "C:\\evil.txt": "evil.txt",
+    "f.txt::$DATA": "f.txt__$DATA",
+    "a:b": "a_b",
+    'a<b>c"d|e?f*g': "a_b_c_d_e_f_g",
+    "x.": "x",
+    "x. . ": "x",
+    "x ": "x",
+    "CON": "_CON",
+    "con.tar.gz": "_con.tar.gz",
+    "Aux .txt": "_Aux .txt",
+    "com\u00b9": "_com\u00b9",
+    "LPT9.": "_LPT9",
+    "conin$": "_conin$",
+    "CONSOLE.txt": "CONSOLE.txt",
+    "com10": "com10",
+    "nul:": "nul_",
 }
 
 
@@ -454,8 +472,8 @@ FORGED = "Receive 3 bytes, from Bob? [y\u2215N\u2215all]"
 
 @pytest.mark.parametrize(("name", "line"), [
     ("\r\x1b[2KReceive 1 bytes", "\ufffd\ufffd[2KReceive 1 bytes"),
-    (f"a.jpg{' ' * 200}{FORGED}", "a.jpg \u2026 Receive 3 bytes, from Bob? [y_N_all]"),
-    (f"a.jpg{' ' * 9}{FORGED}", "a.jpg Receive 3 bytes, from Bob? [y_N_all]"),
+    (f"a.jpg{' ' * 200}{FORGED}", "a.jpg \u2026 Receive 3 bytes, from Bob_ [y_N_all]"),
+    (f"a.jpg{' ' * 9}{FORGED}", "a.jpg Receive 3 bytes, from Bob_ [y_N_all]"),
     ("e" * 59, "e" * 59),
     ("e" * 60, "e" * 60),
     ("e" * 61, "e" * 39 + "\u2026" + "e" * 20),
