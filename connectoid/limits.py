@@ -142,8 +142,9 @@ MOVED_EVERY_S = 86_400.0
 # before.
 REPEAT_S = 60.0
 
-# Between two events for new keys of one contact, who may have one after the other. All count.
-RENEWED_EVERY_S = 3_600.0
+# Between two events of a kind that others can bring about as often as they like: an app that shows
+# each would be theirs to fill. All that they tell of counts all the same.
+TELL_EVERY_S = 3_600.0
 
 # Keys that are told within REPEAT_S for the first time that a link is used. A stranger with many
 # keys cannot make this device send without end, and sends as much to keep others from hearing.

@@ -14,10 +14,9 @@ from typing import Protocol
 
 from connectoid.complaints import Complaints
 from connectoid.errors import ROUTINE
+from connectoid.limits import TELL_EVERY_S
 from connectoid.store import Store, StoreError
 
-# Between two events for one reason of one contact: a flood is told, and is no flood for the app.
-TOLD_EVERY_S = 3_600.0
 # Between two writes for one contact: what a kill may cost of the counts.
 WRITTEN_EVERY_S = 60.0
 
@@ -102,6 +101,6 @@ def _is_to_tell(tally: Tally, new: collections.Counter[str], now_s: float) -> bo
     """Return whether one of the reasons was not told for an hour. If so, it counts as told."""
     untold = [
         reason for reason in new.keys() - ROUTINE
-        if now_s - tally.told_s.get(reason, -math.inf) >= TOLD_EVERY_S]
+        if now_s - tally.told_s.get(reason, -math.inf) >= TELL_EVERY_S]
     tally.told_s.update(dict.fromkeys(untold, now_s))
     return bool(untold)

@@ -108,8 +108,9 @@ export const MOVED_EVERY_S = 86_400;
 // Between two welcomes, two unshares, two replies to `moved`, or two useds to keys that were told
 // before.
 export const REPEAT_S = 60;
-// Between two events for new keys of one contact, who may have one after the other. All count.
-export const RENEWED_EVERY_S = 3_600;
+// Between two events of a kind that others can bring about as often as they like: an app that shows
+// each would be theirs to fill. All that they tell of counts all the same.
+export const TELL_EVERY_S = 3_600;
 // Keys that are told within REPEAT_S for the first time that a link is used. A stranger with many
 // keys cannot make this page send without end, and sends as much to keep others from hearing.
 export const MAX_NEWLY_TOLD = 10;

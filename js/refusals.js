@@ -8,11 +8,10 @@
  */
 
 import { ROUTINE } from "./errors.js";
+import { TELL_EVERY_S } from "./limits.js";
 
 /** @import { Contact } from "./contact/contact.js" */
 
-// Between two events for one reason of one contact: a flood is told, and is no flood for the app.
-export const TOLD_EVERY_S = 3_600;
 // Between two writes for one contact: what a page that is left may lose of the counts.
 export const WRITTEN_EVERY_S = 60;
 /** Keep the refusals of one contact. */
@@ -71,7 +70,7 @@ export class Refusals {
    */
   _isToTell(reasons, nowS) {
     const untold = reasons.filter((reason) => (
-      !ROUTINE.includes(reason) && nowS - (this._toldS[reason] ?? -Infinity) >= TOLD_EVERY_S));
+      !ROUTINE.includes(reason) && nowS - (this._toldS[reason] ?? -Infinity) >= TELL_EVERY_S));
     for (const reason of untold) this._toldS[reason] = nowS;
     return untold.length > 0;
   }

@@ -138,6 +138,10 @@ EVENTS: Mapping[str, str] = {
 }
 
 
+# Anybody with the link brings the first three about, and the contact the last one.
+REPEATABLE = frozenset({"opened_twice", "flooded", "needs_newer_app", "contact_renewed"})
+
+
 @dataclass(frozen=True)
 class Poll:
     """A mailbox to check from `at`. The key opens its question and its messages."""

@@ -80,13 +80,12 @@ def go_on(machine: Machine, most: float = math.inf) -> None:
 
 
 def warn_of_flood(machine: Machine) -> None:
-    """Tell the user once that somebody fills the mailbox of a link that nobody has opened yet."""
+    """Tell the user that somebody fills the mailbox of a link that nobody has opened yet."""
     invited = machine.record.invited
-    if machine.flooded or invited is None or machine.record.state != "invited":
+    if invited is None or machine.record.state != "invited":
         return
     held = max(machine.box(mailbox.pub).held for mailbox in invited.mailboxes)
     if held >= FLOODED_MESSAGES:
-        machine.flooded = True
         machine.tell("flooded")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from connectoid.contact.effects import Effect, Now, Privacy, Save, Tell
+from connectoid.contact.effects import REPEATABLE, Effect, Now, Privacy, Save, Tell
 from connectoid.contact.record import ContactRecord, OwnAddress
 from connectoid.contact.rules import LASTING, Rule
 from connectoid.errors import UsageError
@@ -23,8 +23,8 @@ from connectoid.limits import (
     MAX_BURST_MESSAGES,
     MAX_NEWLY_TOLD,
     POLL_FAST_FOR_S,
-    RENEWED_EVERY_S,
     REPEAT_S,
+    TELL_EVERY_S,
     ZERO_EVERY_S,
 )
 from connectoid.messages import Message
@@ -142,12 +142,6 @@ class Machine:
         self.fast_until_s = -math.inf
         self.next_begin_s = -math.inf
 
-        # The user was told that somebody floods the link.
-        self.flooded = False
-
-        # The user was told that the other's app speaks later versions alone.
-        self.told_newer = False
-
         # The earliest time of the next `moved` or `unshare` that nobody has asked for.
         self.next_word_s = -math.inf
 
@@ -157,8 +151,8 @@ class Machine:
         # The times of the last welcome, used and unshare that were sent as replies.
         self.repeated_s: dict[str, float] = {}
 
-        # The time when a new key of the contact was told last.
-        self.renewed_told_s = -math.inf
+        # The times when the events of REPEATABLE were told last.
+        self.told_s: dict[str, float] = {}
 
         # The times when keys were told for the first time that the link is used, the newest last.
         self.newly_told_s: collections.deque[float] = collections.deque(maxlen=MAX_NEWLY_TOLD)
@@ -238,8 +232,9 @@ class Machine:
         self.set_attempt(late_s=self.now.monotonic_s + seconds)
 
     def tell(self, event: str) -> None:
-        """Tell the app: a key of EVENTS."""
-        self.effects.append(Tell(event))
+        """Tell the app a key of EVENTS. What others can repeat at will is told seldom."""
+        if event not in REPEATABLE or self.may_tell(event):
+            self.effects.append(Tell(event))
 
     def poll_fast(self) -> None:
         """Check often for a while, as something was sent or received."""
@@ -257,11 +252,11 @@ class Machine:
         self.repeated_s[kind] = self.now.monotonic_s
         return True
 
-    def may_tell_renewed(self) -> bool:
-        """Return whether a new key of the contact may be told now. If so, it counts as told."""
-        if self.now.monotonic_s - self.renewed_told_s < RENEWED_EVERY_S:
+    def may_tell(self, event: str) -> bool:
+        """Return whether an event may be told again now. If so, it counts as told."""
+        if self.now.monotonic_s - self.told_s.get(event, -math.inf) < TELL_EVERY_S:
             return False
-        self.renewed_told_s = self.now.monotonic_s
+        self.told_s[event] = self.now.monotonic_s
         return True
 
     def may_tell_another(self) -> bool:

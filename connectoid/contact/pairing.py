@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from connectoid.comparison import comparison_string
 from connectoid.contact import connecting, outbox, rotation
-from connectoid.contact.effects import Forget, Tell
+from connectoid.contact.effects import Forget
 from connectoid.contact.machine import Machine, Received
 from connectoid.contact.record import ContactRecord, Relays, urls_of
 from connectoid.contact.rules import Table, make_table
@@ -128,15 +128,13 @@ def check_app(machine: Machine, message: Message) -> None:
 def agree(machine: Machine, ours: Sequence[int], message: Message) -> int:
     """Return the highest version that this side and the sender of a hello or welcome speak.
 
-    Without one the user is told once that the app is too old; raise Refused (version). Nothing of
+    Without one the user is told that the app is too old; raise Refused (version). Nothing of
     the message counts, so an updated app takes it when it comes again.
     """
     try:
         return highest_common(ours, spoken_by(message.payload))
     except Refused:
-        if not machine.told_newer:
-            machine.told_newer = True
-            machine.tell("needs_newer_app")
+        machine.tell("needs_newer_app")
         raise
 
 
@@ -187,12 +185,10 @@ def take_hello_again(machine: Machine, received: Received) -> str:
 
 
 def take_other_hello(machine: Machine, received: Received) -> str:
-    """Warn the user, once a round, that somebody else has the link; refuse the hello."""
+    """Warn the user that somebody else has the link; refuse the hello."""
     sender = received.message.payload["from"]
-    is_news = received.fresh or sender not in machine.record.used_to
-    warning = Tell("opened_twice")
-    if is_news and warning not in machine.effects:
-        machine.effects.append(warning)
+    if received.fresh or sender not in machine.record.used_to:
+        machine.tell("opened_twice")
     return refuse_hello(machine, received)
 
 

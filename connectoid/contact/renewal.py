@@ -94,8 +94,7 @@ def take(machine: Machine, message: Message) -> None:
         contact=message.payload["next"],
         key_news="renewed",
     )
-    if machine.may_tell_renewed():
-        _tell_who_stays(machine, "contact_renewed")
+    _tell_who_stays(machine, "contact_renewed")
 
 
 def _tell_who_stays(machine: Machine, event: str) -> None:

@@ -65,6 +65,9 @@ export function isSet({ wallUs }) {
  * @typedef {{relayOnly?: boolean, askFirst?: boolean}} Privacy
  */
 
+/** Anybody with the link brings the first three about, and the contact the last one. */
+export const REPEATABLE = ["opened_twice", "flooded", "needs_newer_app", "contact_renewed"];
+
 /** @type {Readonly<Record<string, string>>} */
 export const EVENTS = {
   paired: "Both know each other now. The emoji can be compared.",

@@ -88,15 +88,14 @@ export async function goOn(machine, most = Infinity) {
 }
 
 /**
- * Tell the user once that somebody fills the mailbox of a link that nobody has opened yet.
+ * Tell the user that somebody fills the mailbox of a link that nobody has opened yet.
  * @param {Machine} machine
  */
 function warnOfFlood(machine) {
   const { invited, state } = machine.record;
-  if (machine.flooded || !invited || state !== "invited") return;
+  if (!invited || state !== "invited") return;
   const held = mailboxesOf(invited).map(({ pub }) => machine.box(pub).held);
   if (Math.max(...held) < FLOODED_MESSAGES) return;
-  machine.flooded = true;
   machine.tell("flooded");
 }
 

@@ -10,8 +10,9 @@
 import { NOTHING } from "../encoding.js";
 import {
   ACTIVE_S, BURST_PER_S, MAX_BURST_MESSAGES, MAX_NEWLY_TOLD, POLL_FAST_FOR_S,
-  RENEWED_EVERY_S, REPEAT_S, ZERO_EVERY_S,
+  REPEAT_S, TELL_EVERY_S, ZERO_EVERY_S,
 } from "../limits.js";
+import { REPEATABLE } from "./effects.js";
 import { LASTING } from "./rules.js";
 
 /** @import { Bytes } from "../encoding.js" */
@@ -155,12 +156,6 @@ export class Machine {
     this.fastUntilS = -Infinity;
     this.nextBeginS = -Infinity;
 
-    // The user was told that somebody floods the link.
-    this.flooded = false;
-
-    // The user was told that the other's app speaks later versions alone.
-    this.toldNewer = false;
-
     // When the next `moved` or `unshare` may go out that nobody has asked for.
     this.nextWordS = -Infinity;
 
@@ -171,8 +166,9 @@ export class Machine {
     /** @type {Map<string, number>} */
     this.repeatedS = new Map();
 
-    // When a new key of the contact was told last.
-    this.renewedToldS = -Infinity;
+    // When the events of REPEATABLE were told last.
+    /** @type {Map<string, number>} */
+    this.toldS = new Map();
 
     // When keys were told for the first time that the link is used, the newest last.
     /** @type {number[]} */
@@ -292,11 +288,11 @@ export class Machine {
   }
 
   /**
-   * Tell the app: a key of EVENTS.
+   * Tell the app a key of EVENTS. What others can repeat at will is told seldom.
    * @param {string} event
    */
   tell(event) {
-    this.do({ do: "tell", event });
+    if (!REPEATABLE.includes(event) || this.mayTell(event)) this.do({ do: "tell", event });
   }
 
   /**
@@ -328,10 +324,14 @@ export class Machine {
     return true;
   }
 
-  /** Say whether a new key of the contact may be told now; if so it counts as told. */
-  mayTellRenewed() {
-    if (this.now.monotonicS - this.renewedToldS < RENEWED_EVERY_S) return false;
-    this.renewedToldS = this.now.monotonicS;
+  /**
+   * Say whether an event may be told again now; if so it counts as told.
+   * @param {string} event
+   */
+  mayTell(event) {
+    const lastS = this.toldS.get(event) ?? -Infinity;
+    if (this.now.monotonicS - lastS < TELL_EVERY_S) return false;
+    this.toldS.set(event, this.now.monotonicS);
     return true;
   }
 

@@ -142,7 +142,7 @@ function checkApp(machine, { payload }) {
 /**
  * Return the highest version that this side and the sender of a hello or welcome speak.
  *
- * Without one the user is told once that the app is too old; throw Refused (version). Nothing of
+ * Without one the user is told that the app is too old; throw Refused (version). Nothing of
  * the message counts, so an updated app takes it when it comes again.
  * @param {Machine} machine
  * @param {number[]} ours
@@ -152,8 +152,7 @@ function agree(machine, ours, message) {
   try {
     return highestCommon(ours, spokenBy(message.payload));
   } catch (error) {
-    if (!machine.toldNewer) machine.tell("needs_newer_app");
-    machine.toldNewer = true;
+    machine.tell("needs_newer_app");
     throw error;
   }
 }
@@ -214,16 +213,13 @@ async function takeHelloAgain(machine, received) {
 }
 
 /**
- * Warn the user, once a round, of another who has the link, and refuse that hello.
+ * Warn the user of another who has the link, and refuse that hello.
  * @param {Machine} machine
  * @param {Received} received
  */
 function takeOtherHello(machine, received) {
   const { from } = received.message.payload;
-  const isNews = received.fresh || !machine.record.usedTo.includes(from);
-  const isTold = machine.effects.some(
-    (effect) => effect.do === "tell" && effect.event === "opened_twice");
-  if (isNews && !isTold) machine.tell("opened_twice");
+  if (received.fresh || !machine.record.usedTo.includes(from)) machine.tell("opened_twice");
   return refuseHello(machine, received);
 }
 

@@ -111,7 +111,7 @@ export function hold(machine, received) {
 export function take(machine, { payload }) {
   const { contact: formerContact } = machine.record;
   machine.keep({ formerContact, contact: payload.next, keyNews: "renewed" });
-  if (machine.mayTellRenewed()) tellWhoStays(machine, "contact_renewed");
+  tellWhoStays(machine, "contact_renewed");
 }
 
 /**

@@ -8,10 +8,11 @@ import {
   parseAddress, parseInvitation, prove, readLink, sealMessage, signJws,
 } from "../connectoid.js";
 import { MAX_STEP_MESSAGES } from "../contact/contact.js";
+import { REPEATABLE } from "../contact/effects.js";
 import { addressesOf } from "../contact/record.js";
 import {
   AGAIN_IDLE_S, MAX_ADDRESS_CHARS, MAX_APP_CHARS, MAX_CANDIDATES, MAX_REPLACED, MAX_URL_CHARS,
-  POLL_FAST_S, POLL_SLOW_S,
+  POLL_FAST_S, POLL_SLOW_S, TELL_EVERY_S,
 } from "../limits.js";
 import { PYTHON, RELAYS, SUITE, Wire, here, makeSdp, pair, start } from "./harness.mjs";
 
@@ -370,6 +371,25 @@ test("ten others who open a link hear soon that it is used, and later the next",
   assert.equal(others[10].record.why, "used");
   assert.equal(alice.record.usedTo.length, 11);
 });
+
+for (const [afterS, times] of [[-1, 1], [0, 2], [1, 2]]) {
+  test(`what others can repeat, ${afterS} s after an hour, is told ${times} times`, async () => {
+    const wire = new Wire();
+    const [{ machine }] = await Contact.invite(SUITE, wire.now, "Bob", RELAYS);
+    const told = [];
+    const { nowS } = wire;
+    for (const atS of [0, 1, TELL_EVERY_S + afterS]) {
+      wire.nowS = nowS + atS;
+      told.push(...await machine.step(wire.now, async () => {
+        for (const event of [...REPEATABLE, "disconnected"]) machine.tell(event);
+      }));
+    }
+    for (const event of REPEATABLE) {
+      assert.equal(told.filter((effect) => effect.event === event).length, times);
+    }
+    assert.equal(told.filter(({ event }) => event === "disconnected").length, 3);
+  });
+}
 
 for (const [messages, count] of [[63, 0], [64, 1], [65, 1], [200, 1]]) {
   test(`a link that got ${messages} messages makes ${count} warnings of a flood`, async () => {

@@ -4,7 +4,8 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { REASONS, ROUTINE } from "../errors.js";
-import { Refusals, TOLD_EVERY_S, WRITTEN_EVERY_S } from "../refusals.js";
+import { TELL_EVERY_S } from "../limits.js";
+import { Refusals, WRITTEN_EVERY_S } from "../refusals.js";
 import { MemoryStore, RELAYS, startApp } from "./harness.mjs";
 
 test("every reason is counted and told, but what is routine is only counted", () => {
@@ -36,8 +37,8 @@ test("a reason is told again after an hour, another one at once", () => {
     machine.dropped.sdp = 1;
     assert.ok(refusals.note(machine, 1));
     machine.dropped.ahead += 1;
-    assert.equal(refusals.note(machine, TOLD_EVERY_S + afterS), isTold);
-    assert.ok(!refusals.note(machine, TOLD_EVERY_S + afterS));
+    assert.equal(refusals.note(machine, TELL_EVERY_S + afterS), isTold);
+    assert.ok(!refusals.note(machine, TELL_EVERY_S + afterS));
   }
 });
 

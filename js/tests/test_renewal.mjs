@@ -7,7 +7,7 @@ import { Contact, UsageError, checkRecord } from "../connectoid.js";
 import { addressesOf } from "../contact/record.js";
 import { concat, decodeBase64url, encodeBase64url } from "../encoding.js";
 import { ROUTINE } from "../errors.js";
-import { AGAIN_IDLE_S, MAX_SEQ_AHEAD_US, RENEWED_EVERY_S } from "../limits.js";
+import { AGAIN_IDLE_S, MAX_SEQ_AHEAD_US, TELL_EVERY_S } from "../limits.js";
 import { sealMessage, signJws } from "../messages.js";
 import { CONTEXTS } from "../suite.js";
 import { SUITE, Wire, makeSdp, pair } from "./harness.mjs";
@@ -376,7 +376,7 @@ for (const [afterS, times] of [[-1, 1], [0, 2], [1, 2]]) {
   test(`a new key ${afterS} s after an hour is told ${times} times in all`, async () => {
     const { wire, alice, bob } = await apart();
     const begunS = wire.nowS;
-    for (const atS of [0, 600, RENEWED_EVERY_S + afterS]) {
+    for (const atS of [0, 600, TELL_EVERY_S + afterS]) {
       await wire.poll("Bob");
       wire.nowS = begunS + atS;
       await wire.do("Bob", bob.renew(wire.now));

@@ -20,6 +20,7 @@ from fake_wire import (
 )
 
 from connectoid import REASONS, Now, Send, Tell, limits
+from connectoid.contact.effects import REPEATABLE
 
 FLOOD = 10_000
 
@@ -194,3 +195,37 @@ def test_inviter_whose_link_was_opened_is_told_of_no_flood(toy: World) -> None:
     told = list(alice.told)
     alice.take(*(f"QUJD{number}" for number in range(FLOOD)), address=link.address)
     assert alice.told == told
+
+
+@pytest.mark.parametrize(
+    ("after_s", "times"),
+    [(limits.TELL_EVERY_S - 1, 1), (limits.TELL_EVERY_S, 2), (limits.TELL_EVERY_S + 1, 2)])
+def test_reader_of_the_link_warns_the_inviter_once_an_hour(
+    toy: World, after_s: float, times: int,
+) -> None:
+    """Whoever the hellos are of; the record keeps that they came."""
+    alice, _ = paired(toy)
+    link = link_of(alice)
+    alice.hear(Attacker(toy).hello(link), at=link.address)
+    told_s = toy.monotonic_s
+    for at_s in (1.0, 600.0, after_s):
+        toy.advance(told_s + at_s - toy.monotonic_s)
+        alice.poll()
+        alice.hear(Attacker(toy).hello(link), at=link.address)
+    assert alice.told.count("opened_twice") == times
+    assert len(alice.record.used_to) == 4
+
+
+@pytest.mark.parametrize("event", sorted(REPEATABLE))
+def test_what_others_can_bring_about_at_will_is_told_once_an_hour(toy: World, event: str) -> None:
+    """All else is told each time."""
+    machine = invite(toy).contact.machine
+    for _ in range(3):
+        with machine.step(toy.now) as effects:
+            machine.tell(event)
+            machine.tell("disconnected")
+    assert effects == [Tell("disconnected")]
+    toy.advance(limits.TELL_EVERY_S)
+    with machine.step(toy.now) as effects:
+        machine.tell(event)
+    assert effects == [Tell(event)]

@@ -14,7 +14,8 @@ import connectoid.cli
 from connectoid import REASONS, ROUTINE, Store, StoreError
 from connectoid.cli.contacts import ROUTINE_WORDS
 from connectoid.complaints import Complaints
-from connectoid.refusals import TOLD_EVERY_S, WRITTEN_EVERY_S, Refusals
+from connectoid.limits import TELL_EVERY_S
+from connectoid.refusals import WRITTEN_EVERY_S, Refusals
 
 
 class Machine:
@@ -72,7 +73,7 @@ def test_flood_of_refusals_costs_an_event_a_reason_and_a_write(store: CountingSt
 
 
 @pytest.mark.parametrize(("after_s", "told"), [
-    (TOLD_EVERY_S - 1, False), (TOLD_EVERY_S, True), (TOLD_EVERY_S + 1, True)])
+    (TELL_EVERY_S - 1, False), (TELL_EVERY_S, True), (TELL_EVERY_S + 1, True)])
 def test_reason_is_told_again_after_an_hour(
     after_s: float, told: bool, store: CountingStore,
 ) -> None:

@@ -471,7 +471,7 @@ def test_record_with_other_news_of_a_key_is_damaged_and_one_without_opens(toy: W
 
 @pytest.mark.parametrize(
     ("after_s", "times"),
-    [(limits.RENEWED_EVERY_S - 1, 1), (limits.RENEWED_EVERY_S, 2), (limits.RENEWED_EVERY_S + 1, 2)],
+    [(limits.TELL_EVERY_S - 1, 1), (limits.TELL_EVERY_S, 2), (limits.TELL_EVERY_S + 1, 2)],
 )
 def test_new_keys_of_a_contact_are_told_once_an_hour(
     toy: World, after_s: float, times: int
