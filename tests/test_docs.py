@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import inspect
 import os
 import re
@@ -14,6 +15,7 @@ from harness import ROOT
 from pages import blocks, page, rows_after
 
 import connectoid
+import connectoid_relay
 from connectoid.cli import COMMANDS
 
 README, LIBRARY = (page(name) for name in ("README.md", "docs/library.md"))
@@ -74,6 +76,43 @@ def links(path: Path) -> Iterator[tuple[str, str]]:
         if not re.match(r"[a-z]+:", link):
             target, _, anchor = link.partition("#")
             yield target, anchor
+
+
+def supported() -> tuple[list[str], set[str]]:
+    """Return the Pythons and the systems that the classifiers of setup.cfg name."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", "utf-8")
+    classifiers = config["metadata"]["classifiers"]
+    systems = set(re.findall(r"Operating System :: .*\b(\w+)$", classifiers, re.MULTILINE))
+    return re.findall(r"Python :: (3\.\d+)", classifiers), systems
+
+
+def test_places_agree_on_what_is_supported() -> None:
+    pythons, systems = supported()
+    assert systems == {"Linux", "MacOS", "Windows"}
+    first, last = pythons[0], pythons[-1]
+    assert [f"3.{minor}" for minor in range(int(first[2:]), int(last[2:]) + 1)] == pythons
+    assert f"Python {first} to {last} on Linux (glibc or musl), macOS or Windows." in README
+    requires = page("setup.cfg"), page("connectoid_relay.py")
+    assert f"python_requires = >={first}\n" in requires[0]
+    assert f'# requires-python = ">={first}"\n' in requires[1]
+    assert f"\npython_version = {first}\n" in requires[0]
+    assert f'target-version = "py{first.replace(".", "")}"' in page("pyproject.toml")
+    makefile = page("Makefile")
+    assert {"darwin", "win32"} == set(re.findall("--platform (\\w+)", makefile))
+    tried = rows_after(page("CONTRIBUTING.md"), "### Systems")
+    assert [python for python, _ in tried] == pythons
+    for _, command in tried:
+        assert command == "nobody" or (ROOT / command.strip("`").split()[0]).exists()
+
+
+def test_places_agree_on_the_oldest_sqlite_and_cryptography() -> None:
+    least = "SQLite {}.{} or newer".format(*connectoid_relay.MIN_SQLITE)
+    assert least in " ".join(README.split())
+    assert least in " ".join(page("docs/hosting.md").split())
+    (version,) = re.findall(r"cryptography>=(\d+)", page("setup.cfg"))
+    assert f'# dependencies = ["cryptography>={version}"]' in page("connectoid_relay.py")
+    assert f"`cryptography` {version} or newer" in page("docs/hosting.md")
 
 
 def test_links_between_documents_lead_somewhere() -> None:
