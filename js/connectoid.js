@@ -25,6 +25,7 @@
  *     contact/   the machine of one contact: events and the time in, effects out; no I/O
  *     ice store relay_client webrtc system page                the world
  *     channel roster sender line carrier steps reports runner  Connectoid: moves the effects
+ *     probes doctor                                            examine: what a network lets through
  * @module
  */
 
@@ -37,6 +38,7 @@ export { Contact } from "./contact/contact.js";
 export { EVENTS } from "./contact/effects.js";
 export { PAIRING } from "./contact/pairing.js";
 export { checkRecord } from "./contact/record.js";
+export { FINDINGS, examine } from "./doctor.js";
 export { decodeBase64url, encodeBase64url } from "./encoding.js";
 export {
   ConnectoidError, LinkError, NotConnectedError, OtherAppError, REASONS, ROUTINE, RecordError,
@@ -68,6 +70,8 @@ export { PeerAdapter } from "./webrtc.js";
  * @typedef {import("./messages.js").Sdp} Sdp
  * @typedef {import("./contact/effects.js").Effect} Effect
  * @typedef {import("./contact/effects.js").Now} Now
+ * @typedef {import("./doctor.js").Finding} Finding
+ * @typedef {import("./doctor.js").Patient} Patient
  * @typedef {import("./contact/effects.js").Poll} Poll
  * @typedef {import("./contact/effects.js").Privacy} Privacy
  * @typedef {import("./contact/machine.js").Attempt} Attempt

@@ -47,7 +47,7 @@ export function hasTurn(servers) {
 }
 
 /** @param {string} url a relay's */
-function stunUrl(url) {
+export function stunUrl(url) {
   const { protocol, hostname, port } = new URL(url);
   const usual = protocol === "https:" ? 443 : 80;
   return `stun:${hostname}:${port || usual}`;

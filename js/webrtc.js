@@ -359,7 +359,7 @@ function hostIn(url) {
 }
 
 /** @param {RTCPeerConnection} connection */
-function allGathered(connection) {
+export function allGathered(connection) {
   return new Promise((resolve) => {
     const look = () => connection.iceGatheringState === "complete" && resolve(null);
     connection.onicegatheringstatechange = look;

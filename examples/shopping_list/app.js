@@ -4,6 +4,7 @@
  * @module
  */
 
+import { openCheck } from "./check.js";
 import { Keeper } from "./db.js";
 import {
   FullError,
@@ -24,7 +25,9 @@ import {
   part,
   prepareDialogs,
   reconcile,
+  showError,
   toast,
+  wrong,
 } from "./ui.js";
 import { refusalsIn, warningOf } from "./words.js";
 
@@ -107,6 +110,7 @@ async function beginSync() {
       model,
       appUrl: APP_URL,
       iceServers: settings.turn ?? [],
+      relayOnly: Boolean(settings.relayOnly),
       onChange: drawSoon,
       onNews: (words) => toast(words),
       load: async () => (await keeper.load()).contacts,
@@ -808,6 +812,15 @@ function relayUrl(word) {
 
 /** @param {string} url */
 async function isRelay(url) {
+  return typeof (await documentOf(url))?.retention !== "undefined";
+}
+
+/**
+ * Return what a server says of itself, if it is a relay; null if it is not, or does not answer.
+ * @param {string} url
+ * @returns {Promise<any>}
+ */
+async function documentOf(url) {
   try {
     const reply = await fetch(url, {
       headers: { Accept: "application/json" },
@@ -816,9 +829,16 @@ async function isRelay(url) {
       cache: "no-store",
       signal: AbortSignal.timeout(RELAY_TIMEOUT_MS),
     });
-    return typeof (await reply.json()).retention !== "undefined";
+    return await reply.json();
   } catch {
-    return false;
+    return null;
+  }
+}
+
+/** @param {string} url */
+function checkRelayUrl(url) {
+  if (!/^https:|^http:\/\/(localhost|127\.)/.test(url)) {
+    throw wrong("relay-url", "A relay is asked over https: its address begins with https://.");
   }
 }
 
@@ -835,14 +855,12 @@ async function setRelays(text, key) {
     );
   }
   if (urls.length > MAX_RELAYS) {
-    throw new Error(`At most ${MAX_RELAYS} relays fit into a link. Remove some.`);
+    throw wrong("relay-url", `At most ${MAX_RELAYS} relays fit into a link. Remove some.`);
   }
   for (const url of urls) {
-    if (!/^https:|^http:\/\/(localhost|127\.)/.test(url)) {
-      throw new Error("A relay is asked over https: its address begins with https://.");
-    }
+    checkRelayUrl(url);
     if (navigator.onLine && !(await isRelay(url))) {
-      throw new Error(`No relay answers at ${url}. Check the address.`);
+      throw wrong("relay-url", `No relay answers at ${url}. Check the address.`);
     }
   }
   await setSetting("relay", urls.join(" "));
@@ -850,19 +868,51 @@ async function setRelays(text, key) {
   useRelays();
 }
 
-/** Return the TURN server that is typed in, if any; throw an error that says what is wrong. */
+/** Return the TURN server that is typed in, if any; throw an error that says where it is wrong. */
 async function turnServers() {
   const { checkIceServers } = await import("./lib.js");
   const urls = wordsOf(part("turn-url").value);
   const username = part("turn-user").value.trim();
   const credential = part("turn-password").value;
-  return checkIceServers(urls.length ? [{ urls, username, credential }] : []);
+  if (!urls.length) {
+    if (!username && !credential) return [];
+    throw wrong("turn-url", "Which TURN server is it? Write its address, or remove its login.");
+  }
+  try {
+    checkIceServers([{ urls, username: "any", credential: "any" }]);
+  } catch (/** @type {any} */ error) {
+    throw wrong("turn-url", error.message.replace("ICE server 1", "TURN server"));
+  }
+  if (!username) throw wrong("turn-user", "The TURN server needs a user name.");
+  if (!credential) throw wrong("turn-password", "The TURN server needs a password.");
+  return [{ urls, username, credential }];
 }
 
-/** @param {RTCIceServer[]} turn */
-async function setTurn(turn) {
-  if (JSON.stringify(turn) === JSON.stringify(settings.turn ?? [])) return;
+/**
+ * Throw an error where connections by TURN alone are wanted, and nothing brings a TURN server.
+ * @param {RTCIceServer[]} turn
+ */
+async function checkRelayOnly(turn) {
+  if (!part("relay-only").checked || turn.length || !navigator.onLine) return;
+  const relays = wordsOf(part("relay-url").value || (settings.relay ?? "")).map(relayUrl);
+  for (const url of relays.length ? relays : [`${location.origin}/`]) {
+    if ((await documentOf(url))?.turn === true) return;
+  }
+  throw wrong(
+    "relay-only",
+    "For that you need a TURN server: your relay lends none, so write the address of one.",
+  );
+}
+
+/**
+ * @param {RTCIceServer[]} turn
+ * @param {boolean} relayOnly
+ */
+async function setIce(turn, relayOnly) {
+  const before = [settings.turn ?? [], Boolean(settings.relayOnly)];
+  if (JSON.stringify([turn, relayOnly]) === JSON.stringify(before)) return;
   await setSetting("turn", turn);
+  await setSetting("relayOnly", relayOnly);
   // Connections that are there go on with what they had, so all begin anew.
   location.reload();
 }
@@ -872,10 +922,28 @@ function askSettings() {
   part("turn-url").value = turn?.urls.join(" ") ?? "";
   part("turn-user").value = turn?.username ?? "";
   part("turn-password").value = turn?.credential ?? "";
+  part("relay-only").checked = Boolean(settings.relayOnly);
   part("relay-url").value = settings.relay ?? "";
   part("relay-key").value = settings.relayKey ?? "";
   part("settings-error").textContent = "";
   part("settings-dialog").showModal();
+}
+
+/** Check what is typed in: it may be right before it is saved. */
+async function checkConnection() {
+  showError("settings-form", "settings-error");
+  try {
+    const iceServers = await turnServers();
+    const own = (await isRelay(`${location.origin}/`)) ? [`${location.origin}/`] : [];
+    const named = wordsOf(part("relay-url").value).map(relayUrl);
+    for (const url of named) checkRelayUrl(url);
+    const key = part("relay-key").value.trim() || null;
+    /** @type {[string, string | null][]} */
+    const relays = (named.length ? named : own).map((url) => [url, key]);
+    await openCheck({ relays, iceServers, relayOnly: part("relay-only").checked });
+  } catch (/** @type {any} */ error) {
+    showError("settings-form", "settings-error", error);
+  }
 }
 
 // ---------------------------------------------------------------------------------------
@@ -885,6 +953,7 @@ function askSettings() {
 function connectParts() {
   const clicks = {
     "open-settings": askSettings,
+    check: checkConnection,
     "edit-list": editList,
     share: askShare,
     "new-list": () => askName("New list", "", addList),
@@ -918,8 +987,9 @@ function connectParts() {
   onSubmit("relay-form", "relay-error", () => setRelays(part("relay-offered").textContent, ""));
   onSubmit("settings-form", "settings-error", async () => {
     const turn = await turnServers();
+    await checkRelayOnly(turn);
     await setRelays(part("relay-url").value, part("relay-key").value.trim());
-    await setTurn(turn);
+    await setIce(turn, part("relay-only").checked);
   });
   window.addEventListener("hashchange", () => {
     invitation = takeInvitation() || invitation;

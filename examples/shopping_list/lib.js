@@ -12,5 +12,5 @@ const library = await import("../../js/connectoid.js").catch(() => import(BESIDE
 
 export const {
   Connectoid, EMOJI, NotConnectedError, ROUTINE, RelayError, Store, StoreError, appOfContact,
-  checkIceServers, makeLink, parseAddress, readLink, shown,
+  checkIceServers, examine, makeLink, parseAddress, readLink, shown,
 } = library;

@@ -11,19 +11,19 @@ const CACHE = "shopping-list-1";
 const NETWORK_MS = 3_000;
 
 const FILES = urls("./", [
-  "./", "app.js", "db.js", "icon-maskable.svg", "icon.svg", "lib.js", "manifest.webmanifest",
-  "model.js", "qr.js", "style.css", "sync.js", "ui.js", "words.js",
+  "./", "app.js", "check.js", "db.js", "icon-maskable.svg", "icon.svg", "lib.js",
+  "manifest.webmanifest", "model.js", "qr.js", "style.css", "sync.js", "ui.js", "words.js",
 ]);
 // As lib.js has them: the modules of a checkout, or one built file beside this one.
 const MODULES = urls("../../js/", [
   "apps.js", "carrier.js", "channel.js", "comparison.js", "complaints.js", "connectoid.js",
   "contact/connecting.js", "contact/contact.js", "contact/effects.js", "contact/inbox.js",
   "contact/machine.js", "contact/outbox.js", "contact/pairing.js", "contact/record.js",
-  "contact/renewal.js", "contact/rotation.js", "contact/rules.js", "encoding.js", "errors.js",
-  "ice.js", "limits.js", "line.js", "links.js", "messages.js", "networks.js", "page.js",
-  "pauses.js", "refusals.js", "relay_client.js", "reports.js", "roster.js", "runner.js", "sdp.js",
-  "sender.js", "shown.js", "steps.js", "store.js", "suite.js", "system.js", "turn.js",
-  "urls.js", "versions.js", "webrtc.js",
+  "contact/renewal.js", "contact/rotation.js", "contact/rules.js", "doctor.js", "encoding.js",
+  "errors.js", "ice.js", "limits.js", "line.js", "links.js", "messages.js", "networks.js",
+  "page.js", "pauses.js", "probes.js", "refusals.js", "relay_client.js", "reports.js",
+  "roster.js", "runner.js", "sdp.js", "sender.js", "shown.js", "steps.js", "store.js", "suite.js",
+  "system.js", "turn.js", "urls.js", "versions.js", "webrtc.js",
 ]);
 const BUILT = urls("./", ["connectoid.js"]);
 const KEPT = new Set([...FILES, ...MODULES, ...BUILT]);

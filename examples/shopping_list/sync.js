@@ -70,10 +70,11 @@ export class Sync {
    * @param {() => Promise<Person[]>} parts.load what is kept of people
    * @param {string} parts.appUrl that links lead to
    * @param {RTCIceServer[]} parts.iceServers of the user's own
+   * @param {boolean} parts.relayOnly whether nobody may see this device's address
    * @param {() => void} parts.onChange something is to be drawn anew
    * @param {(words: string) => void} parts.onNews a sentence for the user, once
    */
-  constructor({ model, write, load, appUrl, iceServers, onChange, onNews }) {
+  constructor({ model, write, load, appUrl, iceServers, relayOnly, onChange, onNews }) {
     this._trouble = "";
     // Whether a relay of this side did when it was last asked.
     /** @type {Map<string, boolean>} */
@@ -87,6 +88,7 @@ export class Sync {
     this._people = new Map();
     this._appUrl = appUrl;
     this._iceServers = iceServers;
+    this._relayOnly = relayOnly;
     this._onChange = onChange;
     this._onNews = onNews;
     /** @type {Map<string, Session>} */
@@ -131,6 +133,7 @@ export class Sync {
         onProblem: (error) => this._troubled(lib, error),
         fetch: (...request) => this._fetch(lib, ...request),
       });
+      lib.privacy = { relayOnly: this._relayOnly };
       await lib.start();
       this._lib = lib;
       this.blocked = "";

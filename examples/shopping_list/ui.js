@@ -102,6 +102,31 @@ export function prepareDialogs() {
 }
 
 /**
+ * Return an error about what was put into a field.
+ * @param {string} field
+ * @param {string} words
+ */
+export function wrong(field, words) {
+  return Object.assign(new Error(words), { field });
+}
+
+/**
+ * Show what is wrong with a form, and at which of its fields; show nothing without an error.
+ * @param {string} form
+ * @param {string} errorPart or ""
+ * @param {{message: string, field?: string}} [error]
+ */
+export function showError(form, errorPart, error) {
+  for (const one of part(form).querySelectorAll("[aria-invalid]")) {
+    one.removeAttribute("aria-invalid");
+  }
+  if (errorPart) part(errorPart).textContent = error?.message ?? "";
+  const field = error?.field && part(form).querySelector(`#${error.field}`);
+  field?.setAttribute("aria-invalid", "true");
+  field?.focus();
+}
+
+/**
  * Do a form's work; then show the error's sentence, or close its dialog.
  * @param {string} form
  * @param {string} errorPart or ""
@@ -110,11 +135,11 @@ export function prepareDialogs() {
 export function onSubmit(form, errorPart, work) {
   part(form).addEventListener("submit", async (/** @type {any} */ event) => {
     event.preventDefault();
-    if (errorPart) part(errorPart).textContent = "";
+    showError(form, errorPart);
     try {
       if ((await work()) !== "stay") part(form).closest("dialog")?.close();
     } catch (/** @type {any} */ error) {
-      part(errorPart).textContent = error.message;
+      showError(form, errorPart, error);
     }
   });
 }

@@ -6,6 +6,7 @@
  * @module
  */
 
+/** @import { Finding } from "../../js/connectoid.js" */
 /** @import { Person } from "./sync.js" */
 
 /** @typedef {[tone: string, words: string]} Standing */
@@ -159,16 +160,99 @@ export function refusalsIn(count) {
     + "and changed nothing.";
 }
 
+// -- The connection check ----------------------------------------------------------------
+
+/** @type {Readonly<Record<string, (finding: Finding) => string>>} */
+const FINDING_WORDS = {
+  offline: () => "This device is offline.",
+  clock_not_set: () => "The clock of this device is not set.",
+  clock_differs: ({ about, s = 0 }) =>
+    `This clock and that of ${about} are ${span(Math.abs(s))} apart. From a day on, the apps of `
+      + "others take nothing from this one.",
+  webrtc_missing: () =>
+    "This browser cannot connect to others: its WebRTC is off. "
+      + "Turn it on, or use another browser.",
+  asks_relays: () => "Asking the relay …",
+  relay_answers: ({ about, ms }) => `The relay ${about} answers (${ms} ms).`,
+  relay_refused: ({ why = "" }) => why,
+  relay_wrong: ({ why = "" }) => why,
+  relay_hidden: ({ about }) =>
+    `Something answers at ${about}, and lets no page read it: it is no relay, or a proxy before `
+      + "it takes away the headers that allow it (CORS).",
+  relay_unreachable: ({ about }) =>
+    `${about} cannot be reached. The address may be wrong, the relay down, its certificate not `
+      + "valid, or something on the way blocks it: a browser does not say which.",
+  relay_insecure: ({ about }) =>
+    `${about} is not asked: a page that came over https may ask relays over https only.`,
+  relay_takes_no_check: ({ about, why }) => `The relay ${about} does not serve you. ${why}`,
+  relay_lends_turn: ({ about }) => `The relay ${about} lends a TURN server.`,
+  relay_lends_no_turn: ({ about, why }) =>
+    `The relay ${about} says that it lends a TURN server, and does not. ${why}`,
+  asks_stun: () => "Asking how this device looks from outside …",
+  stun_answers: ({ about, seen = [] }) =>
+    seen.length ? `${about} sees this device as ${seen.join(" and ")}.` : `${about} answers.`,
+  stun_near: ({ about }) =>
+    `${about} is in your own network, and tells nothing of the way out.`,
+  stun_silent: ({ about }) =>
+    `${about} does not answer. It is down, or this network does not let UDP through.`,
+  stun_refused: ({ about }) => `This browser refuses the address ${about}.`,
+  way_open: ({ about }) =>
+    `${about}: servers see this device under an address of its own. It connects directly with `
+      + "everybody whose network lets UDP out.",
+  way_one_port: ({ about }) =>
+    `${about}: this network keeps one port for all. This device connects directly with other `
+      + "homes; where the other network takes another port for each, as some mobile networks and "
+      + "companies do, TURN is needed.",
+  way_some_nat: ({ about }) =>
+    `${about}: this device is seen from outside. Whether that is enough for every other home is `
+      + "not known here: two STUN servers at different places would tell.",
+  way_symmetric: ({ about }) =>
+    `${about}: this network takes another port for each server. This device connects directly `
+      + "within its own network and with servers; with other homes it takes TURN.",
+  way_silent: () =>
+    "No STUN server has answered. Unless all of them are down, this network lets no UDP out: this "
+      + "device connects directly within its own network only. All else takes another network, "
+      + "or TURN over TCP or TLS.",
+  asks_turn: () => "Asking for a TURN server …",
+  turn_relays: ({ about }) => `${about} carries connections.`,
+  turn_login: ({ about }) => `${about} refuses the user name or the password.`,
+  turn_error: ({ about, code }) => `${about} refuses to carry connections (error ${code}).`,
+  turn_silent: ({ about }) =>
+    `${about} does not carry connections. It is down, refuses, or is not reached from here.`,
+  turn_refused: ({ about }) => `This browser refuses ${about}.`,
+  all_without_relay: () => "In all: no relay works, so devices do not find each other now.",
+  all_with_turn: () => "In all: where two devices find no direct way, TURN carries them.",
+  all_without_turn: () =>
+    "In all: you connect through TURN alone, and no TURN server works: nothing connects.",
+  all_without_stun: () =>
+    "In all: nothing is known of the way out, as no STUN server elsewhere could be asked.",
+  all_without_way: () =>
+    "In all: no way out of this network was found. Use another network, or TURN.",
+};
+
+/**
+ * Return the sentence for something that the connection check has found.
+ * @param {Finding} finding
+ */
+export function wordsOfFinding(finding) {
+  return FINDING_WORDS[finding.found](finding);
+}
+
+/** @param {number} seconds */
+function span(seconds) {
+  const minutes = Math.round(seconds / 60);
+  if (minutes < HOUR_MINUTES) return counted(minutes, "minute");
+  if (minutes < DAY_MINUTES) return counted(Math.round(minutes / HOUR_MINUTES), "hour");
+  return counted(Math.round(minutes / DAY_MINUTES), "day");
+}
+
 const HOUR_MINUTES = 60;
 const DAY_MINUTES = 1_440;
 
 /** @param {number} at in milliseconds */
 function ago(at) {
-  const minutes = Math.round((Date.now() - at) / 60_000);
-  if (minutes < 1) return "just now";
-  if (minutes < HOUR_MINUTES) return `${counted(minutes, "minute")} ago`;
-  if (minutes < DAY_MINUTES) return `${counted(Math.round(minutes / HOUR_MINUTES), "hour")} ago`;
-  return `${counted(Math.round(minutes / DAY_MINUTES), "day")} ago`;
+  const seconds = (Date.now() - at) / 1_000;
+  return Math.round(seconds / 60) < 1 ? "just now" : `${span(seconds)} ago`;
 }
 
 /**

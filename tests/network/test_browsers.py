@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import RELAY_IPV4, RELAY_PORT, ROOT, Lab, Namespace, lacking, open_lab
+from lab import (
+    RELAY_IPV4,
+    RELAY_PORT,
+    ROOT,
+    SYMMETRIC,
+    TURN_PORT,
+    UP,
+    Lab,
+    Namespace,
+    lacking,
+    open_lab,
+)
 from networks_of_people import NETWORKS, Network
 from test_changes import Phone, make_phone
 
@@ -47,7 +60,9 @@ def chromium() -> Iterator[Any]:
         yield started.chromium
 
 
-def open_page(lab: Lab, chromium: Any, place: Namespace) -> Any:
+def open_page(
+    lab: Lab, chromium: Any, place: Namespace, arguments: Sequence[str] = ARGS,
+) -> Any:
     """Return a page with the library in a browser that has a network of its own."""
     lab.start(*place.command(
         sys.executable, "-m", "http.server", str(PAGES_PORT), "--bind", "127.0.0.1",
@@ -55,7 +70,7 @@ def open_page(lab: Lab, chromium: Any, place: Namespace) -> Any:
     program = lab.folder / f"chromium-{place.name}"
     program.write_text(f'#!/bin/sh\nexec {" ".join(place.command(CHROMIUM))} "$@"\n')
     program.chmod(0o755)
-    browser = chromium.launch(executable_path=str(program), args=ARGS, headless=True)
+    browser = chromium.launch(executable_path=str(program), args=[*arguments], headless=True)
     lab.ending.callback(browser.close)
     page = browser.new_page()
     page.on("console", lambda message: print(place.name, message.text))
@@ -121,3 +136,80 @@ def test_browser_connects_anew_in_another_network(
     print(f"Chromium: connected again {time.monotonic() - changed_s:.1f} s after the change")
     alice.evaluate("channel.send('here')")
     bob.wait_for_function("window.came === 'here'", timeout=PATIENCE_MS)
+
+
+# ---------------------------------------------------------------------------------------
+# The doctor of the page: what it finds of networks that are known.
+# ---------------------------------------------------------------------------------------
+
+EXAMINE = """async ([relays, iceServers]) => {
+    const { examine } = await import("/js/connectoid.js");
+    const found = [];
+    for await (const finding of examine({ relays, iceServers })) found.push(finding);
+    return found;
+}"""
+NO_UDP = """table inet noudp { chain forward { type filter hook forward priority -1;
+    meta l4proto udp drop; }; }"""
+
+
+def address_of(place: Namespace) -> str:
+    """Return the address that a place has at the internet."""
+    shown = subprocess.run(
+        place.command("ip", "-j", "-4", "address", "show", "dev", UP), check=True,
+        stdout=subprocess.PIPE)
+    return str(json.loads(shown.stdout)[0]["addr_info"][0]["local"])
+
+
+def public(lab: Lab) -> Namespace:
+    """A host with an address of its own."""
+    return lab.place()
+
+
+def home(lab: Lab) -> Namespace:
+    """A host behind a NAT that keeps a port."""
+    return lab.home().host()
+
+
+def symmetric(lab: Lab) -> Namespace:
+    """A host behind a NAT with a port for each destination."""
+    return lab.home(SYMMETRIC).host()
+
+
+def without_udp(lab: Lab) -> Namespace:
+    """A host in a network that lets no datagram out."""
+    house = lab.home()
+    house.router.nft(NO_UDP)
+    return house.host()
+
+
+@pytest.mark.parametrize(("make", "arguments", "way", "turn"), [
+    (public, ARGS, ("way_open", "IPv4"), ["turn_relays", "turn_relays", "turn_login"]),
+    # As browsers are: pages see no address of the device.
+    (home, ARGS[:1], ("way_one_port", "IPv4"), ["turn_relays", "turn_relays", "turn_login"]),
+    (symmetric, ARGS[:1], ("way_symmetric", "IPv4"), ["turn_relays", "turn_relays", "turn_login"]),
+    (without_udp, ARGS[:1], ("way_silent", ""), ["turn_silent", "turn_relays", "turn_silent"]),
+], ids=["public", "home", "symmetric", "without UDP"])
+def test_browser_finds_what_its_network_lets_through(
+    chromium: Any, lab: Lab, make: Callable[[Lab], Namespace], arguments: Sequence[str],
+    way: tuple[str, str], turn: list[str],
+) -> None:
+    """There are a relay, a second STUN server elsewhere, and TURN by UDP and TCP."""
+    lab.turn()
+    second = lab.place()
+    lab.start(*second.command(
+        "turnserver", "-n", "--no-cli", "--no-tls", "--no-dtls", "--stun-only",
+        f"--listening-port={TURN_PORT}", "--log-file=stdout", "--pidfile=stun.pid"))
+    page = open_page(lab, chromium, make(lab), arguments)
+    server = f"turn:{RELAY_IPV4}:{TURN_PORT}"
+    login = {"username": "user", "credential": "password"}
+    found = page.evaluate(EXAMINE, [[f"http://{RELAY_IPV4}:{RELAY_PORT}/"], [
+        {"urls": f"stun:{address_of(second)}:{TURN_PORT}"},
+        {"urls": [server, f"{server}?transport=tcp"], **login},
+        {"urls": f"{server}?transport=udp", **login, "credential": "wrong"},
+    ]])
+    names = [finding["found"] for finding in found]
+    stun = "stun_silent" if way[0] == "way_silent" else "stun_answers"
+    assert names == [
+        "asks_relays", "relay_answers", "asks_stun", stun, stun, way[0], "asks_turn", *turn,
+        "all_with_turn"]
+    assert [finding["about"] for finding in found if finding["found"] == way[0]] == [way[1]]
