@@ -182,7 +182,7 @@ def test_library_s_calls_exist(face: type[object]) -> None:
 
 @pytest.mark.parametrize("text", [README, LIBRARY], ids=["README", "library"])
 def test_calls_of_the_examples_in_javascript_exist(text: str) -> None:
-    (example,) = blocks(text, "js")
+    example = "\n".join(blocks(text, "js"))
     modules = [*ROOT.glob("js/*.js"), *ROOT.glob("js/contact/*.js")]
     library = "\n".join(module.read_text("utf-8") for module in modules)
     called = set(re.findall(r"(?:app|channel|Store)\.(\w+)\(", example))

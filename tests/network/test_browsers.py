@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from lab import (
@@ -24,7 +24,7 @@ from lab import (
     lacking,
     open_lab,
 )
-from networks_of_people import NETWORKS, Network
+from networks_of_people import FOR_USER, NETWORKS, Network
 from test_changes import Phone, make_phone
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
@@ -182,19 +182,32 @@ def without_udp(lab: Lab) -> Namespace:
     return house.host()
 
 
-@pytest.mark.parametrize(("make", "arguments", "way", "turn"), [
-    (public, ARGS, ("way_open", "IPv4"), ["turn_relays", "turn_relays", "turn_login"]),
-    # As browsers are: pages see no address of the device.
-    (home, ARGS[:1], ("way_one_port", "IPv4"), ["turn_relays", "turn_relays", "turn_login"]),
-    (symmetric, ARGS[:1], ("way_symmetric", "IPv4"), ["turn_relays", "turn_relays", "turn_login"]),
-    (without_udp, ARGS[:1], ("way_silent", ""), ["turn_silent", "turn_relays", "turn_silent"]),
-], ids=["public", "home", "symmetric", "without UDP"])
+class Found(NamedTuple):
+    """What a page finds: of the way out, and of TURN over UDP, over TCP, and without the password.
+    """
+
+    way: str
+    family: str = "IPv4"
+    turn: tuple[str, ...] = ("turn_relays", "turn_relays", "turn_login")
+
+
+# As browsers are: pages see no address of the device.
+HIDING = ARGS[:1]
+NOTHING_BY_UDP = Found("way_silent", "", ("turn_silent", "turn_relays", "turn_silent"))
+
+
+@pytest.mark.parametrize(("make", "arguments", "known"), [
+    pytest.param(public, ARGS, Found("way_open"), id="public"),
+    pytest.param(home, HIDING, Found("way_one_port"), id="home"),
+    pytest.param(symmetric, HIDING, Found("way_symmetric"), id="symmetric"),
+    pytest.param(without_udp, HIDING, NOTHING_BY_UDP, id="without UDP"),
+])
 def test_browser_finds_what_its_network_lets_through(
     chromium: Any, lab: Lab, make: Callable[[Lab], Namespace], arguments: Sequence[str],
-    way: tuple[str, str], turn: list[str],
+    known: Found,
 ) -> None:
     """There are a relay, a second STUN server elsewhere, and TURN by UDP and TCP."""
-    lab.turn()
+    lab.turn(*FOR_USER)
     second = lab.place()
     lab.start(*second.command(
         "turnserver", "-n", "--no-cli", "--no-tls", "--no-dtls", "--stun-only",
@@ -208,8 +221,8 @@ def test_browser_finds_what_its_network_lets_through(
         {"urls": f"{server}?transport=udp", **login, "credential": "wrong"},
     ]])
     names = [finding["found"] for finding in found]
-    stun = "stun_silent" if way[0] == "way_silent" else "stun_answers"
+    stun = "stun_silent" if known.way == "way_silent" else "stun_answers"
     assert names == [
-        "asks_relays", "relay_answers", "asks_stun", stun, stun, way[0], "asks_turn", *turn,
-        "all_with_turn"]
-    assert [finding["about"] for finding in found if finding["found"] == way[0]] == [way[1]]
+        "asks_relays", "relay_answers", "asks_stun", stun, stun, known.way, "asks_turn",
+        *known.turn, "all_with_turn"]
+    assert found[names.index(known.way)]["about"] == known.family
