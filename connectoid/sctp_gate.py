@@ -23,11 +23,14 @@ from connectoid.shown import shown
 
 NEEDED = (
     "State", "_association_state", "_cwnd", "_data_channel_closed", "_data_channel_inbound_reset",
-    "_data_channels", "_handle_data", "_local_tsn", "_set_state")
+    "_data_channels", "_flight_size_increase", "_handle_data", "_local_tsn", "_set_state")
 # Sent and not yet acknowledged. aiortc knows no ceiling, and each SACK walks over all of it. A
 # contact that confirms everything for a while, and then nothing, would decide how much
 # is kept. It is as much as our own queue holds, and enough for 13 Mbit/s at a round trip of 600 ms.
 MAX_UNCONFIRMED_BYTES = 1024 * 1024
+# A smaller chunk counts as so many of them: each SACK, and each message of our own, walks over
+# chunks, not bytes. So there are 4,096 at most, over which a SACK walks in 2 ms.
+LEAST_COUNTED_BYTES = 256
 
 # -- Chunks: RFC 9260, section 3.2 ---------------------------------------------------------
 
@@ -90,6 +93,9 @@ def read_chunks(packet: bytes) -> list[Item]:
         raise BadPacketError("no chunk")
     if sum(chunk.kind != DATA for chunk in chunks) > MAX_CONTROL_CHUNKS:
         raise BadPacketError("too many chunks")
+    # The last one says all that others would, and each costs as much.
+    if sum(chunk.kind == SACK for chunk in chunks) > 1:
+        raise BadPacketError("several SACKs")
     # aiortc fails otherwise; RFC 9260, section 6.10, forbids it too.
     if len(chunks) > 1 and any(chunk.kind == INIT for chunk in chunks):
         raise BadPacketError("something beside INIT")
@@ -173,6 +179,7 @@ class SctpGate:
         self._transport = transport
         self._refuse = refuse
         self._handle = transport._handle_data
+        self._count = transport._flight_size_increase
         # That of the one data channel, once something has come on it.
         self._stream_id: int | None = None
         self._is_over = False
@@ -197,6 +204,11 @@ class SctpGate:
         else:
             self._transport._cwnd = min(self._transport._cwnd, MAX_UNCONFIRMED_BYTES)
             self._end_what_ends(kinds)
+
+    def count(self, chunk: Any) -> None:
+        """Count a chunk that is sent among those that are not confirmed."""
+        chunk._book_size = max(chunk._book_size, LEAST_COUNTED_BYTES)
+        self._count(chunk)
 
     @property
     def _is_established(self) -> bool:
@@ -233,4 +245,6 @@ class SctpGate:
 def guard_sctp(transport: Any, refuse: Callable[[], object]) -> None:
     """Have `refuse` called, once, when a packet comes that aiortc must not see."""
     if all(hasattr(transport, name) for name in NEEDED):
-        transport._handle_data = SctpGate(transport, refuse).handle
+        gate = SctpGate(transport, refuse)
+        transport._handle_data = gate.handle
+        transport._flight_size_increase = gate.count

@@ -20,6 +20,7 @@ from connectoid.sctp_gate import (
     HEARTBEAT_ACK,
     INIT,
     INIT_ACK,
+    LEAST_COUNTED_BYTES,
     MAX_CONTROL_CHUNKS,
     MAX_PARAMETERS,
     MAX_RECONFIG_PARAMETERS,
@@ -441,6 +442,12 @@ def test_sack_has_as_many_blocks_as_it_says() -> None:
 # -- aiortc --------------------------------------------------------------------------------
 
 
+class FakeDtls:
+    """What aiortc's SCTP runs over, without another end."""
+
+    state = "connected"
+
+
 class FakeAssociation:
     """What the gate needs of an association of aiortc, with a window that grows."""
 
@@ -456,6 +463,9 @@ class FakeAssociation:
     async def _handle_data(self, _packet: bytes) -> None:
         self._cwnd *= 2
 
+    def _flight_size_increase(self, _chunk: object) -> None:
+        """Do nothing."""
+
 
 @pytest.mark.sockets
 @pytest.mark.parametrize("more", [-2, 0, 2])
@@ -465,6 +475,34 @@ def test_other_end_has_us_keep_so_much_and_no_more(more: int) -> None:
     gate = SctpGate(association, lambda: pytest.fail("refused"))
     asyncio.run(gate.handle(HEAD + chunk(HEARTBEAT_ACK)))
     assert association._cwnd == MAX_UNCONFIRMED_BYTES + min(more, 0)
+
+
+@pytest.mark.sockets
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_small_message_that_is_not_confirmed_counts_as_a_larger_one(more: int) -> None:
+    """Each SACK walks over all of them, however small they are."""
+    size = LEAST_COUNTED_BYTES + more
+    made = sctp.DataChunk()
+    made._book_size = size
+    made._in_flight = False
+
+    async def count() -> int:
+        association = sctp.RTCSctpTransport(FakeDtls())
+        guard_sctp(association, lambda: pytest.fail("refused"))
+        association._flight_size_increase(made)
+        counted: int = association._flight_size
+        association._flight_size_decrease(made)
+        assert association._flight_size == 0
+        return counted
+
+    assert asyncio.run(count()) == max(size, LEAST_COUNTED_BYTES)
+
+
+def test_packet_has_one_sack() -> None:
+    one = chunk(SACK, sack(0))
+    assert len(read_chunks(HEAD + one + chunk(DATA, bytes(12) + b"."))) == 2
+    with pytest.raises(BadPacketError, match="several SACKs"):
+        read_chunks(HEAD + one + one)
 
 
 @pytest.mark.sockets
