@@ -22,13 +22,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from harness import needs, serving
 from turn_server import turn_server
 
-from connectoid import AiortcAdapter, Connectoid, Store
+from connectoid import AiortcAdapter, Channel, Connectoid, NotConnectedError, Store
 from connectoid_relay import Relay, SqliteStore, Turn
 
 HERE = Path(__file__).parent
@@ -676,6 +676,140 @@ def test_server_that_chromium_refuses_costs_a_warning_and_no_connection(profile:
 
 def test_server_that_firefox_refuses_costs_a_warning_and_no_connection(remote: Start) -> None:
     gathers_in_spite_of_bad_servers(remote("firefox", "alice"))
+
+
+EXAMINE = """async ([relays, iceServers]) => {
+    const { examine } = await import("/js/connectoid.js");
+    const found = [];
+    for await (const finding of examine({ relays, iceServers })) {
+        if (finding.state !== "ask") found.push(finding.found);
+    }
+    return found;
+}"""
+
+
+def finds_servers(page: Any, site: str) -> None:
+    """See what a page finds of a server of pages, of nobody, and of TURN that a relay lends."""
+    secret = "4f1de7f2c5a84f1de7f2c5a8"
+    with turn_server(f"use-auth-secret\nstatic-auth-secret={secret}\n") as port:
+        for own_secret, turn, follows in [
+            (secret, "turn_relays", ["all_with_turn"]),
+            # The host has mistyped it.
+            (secret[1:], "turn_login", ["all_without_stun"]),
+        ]:
+            lends = Turn([f"turn:127.0.0.1:{port}"], own_secret.encode())
+            relay = Relay(SqliteStore(":memory:"), turn=lends)
+            with contextlib.closing(relay), serving(relay) as server:
+                url = f"http://127.0.0.1:{server.server_port}/"
+                # By another name it is another origin, which allows no page to read it.
+                hidden = site.replace("127.0.0.1", "localhost")
+                relays = [url, site, hidden, f"http://127.0.0.1:{unused_port()}/"]
+                assert page.evaluate(EXAMINE, [relays, []]) == [
+                    "relay_answers", "relay_lends_turn", "relay_wrong", "relay_hidden",
+                    "relay_unreachable", turn, *follows]
+
+
+def test_firefox_tells_what_it_finds_of_servers(remote: Start, site: str) -> None:
+    finds_servers(remote("firefox", "alice"), site)
+
+
+def test_chromium_tells_what_it_finds_of_servers(profile: Open, site: str) -> None:
+    finds_servers(profile("alice"), site)
+
+
+# ---------------------------------------------------------------------------------------
+# Browsers with Python, which looks at every packet of SCTP before aiortc does.
+# ---------------------------------------------------------------------------------------
+
+MIB = 1_048_576
+FULL_BYTES = 65_536
+# Twice. Browsers send nothing of their own meanwhile but heartbeats and questions for consent.
+IDLE_S = 32
+SEND_MUCH = f"""async () => {{
+    for (let number = 0; number < {MIB // FULL_BYTES}; number += 1) {{
+        await channel.send(new Uint8Array({FULL_BYTES}).fill(number));
+    }}
+}}"""
+TAKE_MUCH = f"""async () => {{
+    const seen = [];
+    while (seen.length < {MIB // FULL_BYTES}) {{
+        const message = await channel.receive();
+        seen.push([message.length, message.every((octet) => octet === message[0]), message[0]]);
+    }}
+    return seen;
+}}"""
+
+
+class Mixed(NamedTuple):
+    """A browser, and Python on the other side."""
+
+    page: Any
+    app: Connectoid
+
+    def connect(self) -> Channel:
+        """Connect both; return the channel of Python."""
+        begin_to_connect(self.page, "Alice")
+        channel = self.app.connect("Bob", CONNECTED_MS / 1_000)
+        self.page.wait_for_function("window.channel && !channel.closed", timeout=CONNECTED_MS)
+        return channel
+
+    def exchange(self, channel: Channel) -> None:
+        """Send a MiB each way, in the largest messages."""
+        expected = [[FULL_BYTES, True, number] for number in range(MIB // FULL_BYTES)]
+        for number in range(MIB // FULL_BYTES):
+            channel.send(bytes([number]) * FULL_BYTES)
+        assert self.page.evaluate(TAKE_MUCH) == expected
+        self.page.evaluate(SEND_MUCH)
+        came = [channel.receive(CONNECTED_MS / 1_000) for _ in expected]
+        assert came == [bytes([number]) * FULL_BYTES for number in range(MIB // FULL_BYTES)]
+
+
+def stay_with_python(page: Any, relay: str, site: str, role: str) -> None:
+    """Pair, exchange much, be idle, close from each side and connect again."""
+    start(page, relay)
+    with Connectoid(Store(":memory:"), [(relay, None)], AiortcAdapter()) as app:
+        both = Mixed(page, app)
+        if role == "share":
+            page.evaluate("(link) => app.open(link, 'Alice')", app.share("Bob", site))
+        else:
+            app.open(page.evaluate("(url) => app.share('Alice', url)", site), "Bob")
+        channel = both.connect()
+        both.exchange(channel)
+        # It does not matter who made the link.
+        for _ in range(2 * (role == "share")):
+            assert not page.evaluate(
+                "(s) => new Promise((go) => setTimeout(() => go(channel.closed), s))",
+                1_000 * IDLE_S)
+        assert not channel.is_closed
+        both.exchange(channel)
+        page.evaluate("channel.close()")
+        with pytest.raises(NotConnectedError):
+            channel.receive(CONNECTED_MS / 1_000)
+        channel = both.connect()
+        both.exchange(channel)
+        channel.close()
+        page.wait_for_function("channel.closed", timeout=CONNECTED_MS)
+        both.exchange(both.connect())
+        assert app.refusals("Bob") == page.evaluate("app.refusals('Alice')") == {}
+        assert page.evaluate("problems") == []
+
+
+@pytest.mark.parametrize("role", ["share", "open"])
+def test_chromium_stays_with_python(
+    profile: Open, relay: str, site: str, role: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("aiortc")
+    stay_with_python(profile("bob"), relay, site, role)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("role", ["share", "open"])
+def test_firefox_stays_with_python(
+    remote: Start, relay: str, site: str, role: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("aiortc")
+    stay_with_python(remote("firefox", "bob"), relay, site, role)
+    assert caplog.messages == []
 
 
 # A frame, so that the page that asks what to do stays; `list` is the shopping list's document.
