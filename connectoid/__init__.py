@@ -68,6 +68,7 @@ from connectoid.links import (
 )
 from connectoid.messages import Message, open_message, read_jws, seal_message, sign_jws
 from connectoid.relay_client import RelayClient, RelayError
+from connectoid.runner import Progress
 from connectoid.shown import shown
 from connectoid.store import Store, StoreError
 from connectoid.suite import CONTEXTS, Suite, SystemSuite, app_of_contact, hash_jws, prove
@@ -107,6 +108,7 @@ __all__ = [
     "OwnAddress",
     "Poll",
     "Privacy",
+    "Progress",
     "RecordError",
     "Refused",
     "RelayClient",

@@ -11,7 +11,7 @@ from connectoid.blocking import Connectoid
 from connectoid.channel import AsyncChannel
 from connectoid.contact import ContactRecord, Privacy
 from connectoid.roster import Relay
-from connectoid.runner import Relays
+from connectoid.runner import Progress, Relays
 
 log = logging.getLogger("connectoid")
 
@@ -132,6 +132,10 @@ class AsyncConnectoid:
     async def refusals(self, name: str) -> Mapping[str, int]:
         """Return what was refused of a contact, as Connectoid.refusals."""
         return self._runner.refusals(name)
+
+    async def progress(self, name: str) -> Progress:
+        """Return how it stands with a connection to a contact, as Connectoid.progress."""
+        return self._runner.progress(name)
 
     # -- What the runner asks of its face --------------------------------------------------
 

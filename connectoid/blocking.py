@@ -15,7 +15,7 @@ from connectoid.errors import UsageError
 from connectoid.loop_thread import LoopThread
 from connectoid.relay_client import Transport
 from connectoid.roster import Relay
-from connectoid.runner import Relays, Runner
+from connectoid.runner import Progress, Relays, Runner
 from connectoid.store import Store
 from connectoid.suite import Suite
 from connectoid.webrtc import WebRTC
@@ -222,6 +222,10 @@ class Connectoid:
         Anybody who knows the link, or a mailbox, may have sent it. Raises UsageError.
         """
         return self.loop_thread.call(self.runner.refusals, name)
+
+    def progress(self, name: str) -> Progress:
+        """Return how it stands with a connection to a contact; raise UsageError."""
+        return self.loop_thread.call(self.runner.progress, name)
 
     # -- What the runner asks of its face --------------------------------------------------
 

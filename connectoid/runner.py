@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from connectoid.apps import check_app
 from connectoid.carrier import App, AppChannel, Carrier
@@ -44,7 +45,7 @@ from connectoid.refusals import Refusals
 from connectoid.relay_client import RelayClient, Transport, make_transport
 from connectoid.reports import Reports
 from connectoid.roster import Relay, Roster
-from connectoid.sender import Sender, is_one_taken
+from connectoid.sender import SEND_FOR_S, Sender, is_one_taken
 from connectoid.steps import Steps
 from connectoid.store import Store, StoreError
 from connectoid.suite import Suite, SystemSuite, hash_link
@@ -56,6 +57,17 @@ from connectoid.webrtc import NoWebRTC, WebRTC
 STOP_S = 2.0
 
 Relays = Iterable[Relay]
+
+
+class Progress(NamedTuple):
+    """How it stands with a connection to a contact."""
+
+    # A state of CONNECTING: what goes on.
+    state: str
+    # When the next attempt begins, in seconds since 1970; None if one goes on, or none is to come.
+    again_at_s: float | None
+    # What a relay or this device did wrong for it lately, in words; or nothing.
+    trouble: str
 
 
 class Runner:
@@ -82,7 +94,7 @@ class Runner:
         self._transport_to_strangers = transport
         self._roster = Roster(store, self.suite, self._now, allow_http=allow_http)
         self.relays = tuple(relays)
-        self._sender = Sender(self._client, self.complaints)
+        self._sender = Sender(self._client, self.complaints, on_taken=self._note_taken)
         self._to_strangers = Sender(
             self._client_to_strangers, self.complaints, to_strangers=True)
         self._lines = Lines(
@@ -314,6 +326,18 @@ class Runner:
         """Return how often something of a contact was refused, by reason; raise UsageError."""
         return self._refusals.counts(self._roster.number_of(name))
 
+    def progress(self, name: str) -> Progress:
+        """Return how it stands with a connection to a contact; raise UsageError."""
+        number = self._roster.number_of(name)
+        contact = self._roster.contacts[number]
+        now = self._now()
+        again_at_s = None
+        if math.isfinite(contact.again_s):
+            left_s = max(0.0, contact.again_s - now.monotonic_s)
+            again_at_s = now.wall_us / 1e6 + left_s
+        trouble = self.trouble_since(boot_time_s() - SEND_FOR_S, number)
+        return Progress(contact.attempt.state, again_at_s, trouble)
+
     @property
     def privacy(self) -> Privacy:
         """Return what the app wants of all connections."""
@@ -372,6 +396,13 @@ class Runner:
             await asyncio.sleep(0)
             self._steps.make(number, contact.polled_in_part)
         self._roster.forget_unused(number, [box.poll.key for box in boxes])
+
+    def _note_taken(self, number: int, send: Send) -> None:
+        """Let a contact know that a relay has taken a message."""
+        contact = self._roster.contacts.get(number)
+        if contact is not None:
+            with contextlib.suppress(StoreError):
+                self._steps.make(number, contact.sent, send.message_hash)
 
     async def _network_changed(self) -> None:
         """Have all that waits go on at once, over new connections."""

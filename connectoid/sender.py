@@ -87,10 +87,11 @@ class Sender:
 
     def __init__(
         self, client_of: Callable[[str], RelayClient], complaints: Complaints, *,
-        to_strangers: bool = False,
+        to_strangers: bool = False, on_taken: Callable[[int, Send], None] | None = None,
     ) -> None:
         self._client_of = client_of
         self._complaints = complaints
+        self._on_taken = on_taken
         self._is_to_contacts = not to_strangers
         self._max_queues = MAX_QUEUES
         if to_strangers:
@@ -168,6 +169,8 @@ class Sender:
                 except Exception as error:
                     self._complaints.make(f"Sending to {key[1]} failed: {error!r}", error=error)
                 letter.taken.set_result(is_taken)
+                if is_taken and self._on_taken is not None:
+                    self._on_taken(key[0], letter.send)
         finally:
             if self._queues.get(key) is queue:
                 self._forget(key)

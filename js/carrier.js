@@ -75,7 +75,7 @@ export class Carrier {
     const { webrtc } = this._host;
     switch (effect.do) {
       case "send":
-        this._senderFor(effect).send(number, effect.mailbox, effect.data);
+        this._senderFor(effect).send(number, effect.mailbox, effect.data, effect.hash);
         break;
       case "gather":
         webrtc.gather(number, effect.attemptId, effect.offer, this._ice(number, entry.contact));

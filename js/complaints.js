@@ -44,6 +44,15 @@ export class Complaints {
   }
 
   /**
+   * Return the latest that was told about some and has not gone well since, or "".
+   * @param {(about: About) => boolean} isAbout
+   */
+  latest(isAbout) {
+    const [made] = [...this._made].filter(([about]) => isAbout(about)).slice(-1);
+    return [...made?.[1] ?? []].at(-1) ?? "";
+  }
+
+  /**
    * Forget what was told: a relay has answered, or a contact was saved.
    * @param {About} about
    */

@@ -100,7 +100,11 @@ export class Connectoid {
       url, this.system, (one) => this._mayBePrivate(one), () => this._timeoutS());
     this._hurriedUntilS = -Infinity;
     this._lines = new Lines(this, clientOf);
-    this._sender = new Sender(clientOf, this.system, this.complaints);
+    this._sender = new Sender(clientOf, this.system, this.complaints, {
+      onTaken: (number, hash) => {
+        this._steps.make(number, (contact, now) => contact.sent(now, hash));
+      },
+    });
     this._toStrangers = new Sender(
       clientOf, this.system, this.complaints, { toStrangers: true });
     const carrier = new Carrier(
@@ -325,6 +329,24 @@ export class Connectoid {
   refusals(name) {
     const entry = this.roster.entries.get(this.roster.numberOf(name));
     return { ...entry?.refusals.counts };
+  }
+
+  /**
+   * Return how it stands with a connection to a contact: the state of the attempt, when the next
+   * one begins (in ms since 1970, or null), and what a relay or this device did wrong for it
+   * lately. Throw UsageError.
+   * @param {string} name
+   */
+  progress(name) {
+    const number = this.roster.numberOf(name);
+    const { contact } = /** @type {Entry} */ (this.roster.entries.get(number));
+    const { wallUs, monotonicS } = this.system.now();
+    const leftS = Math.max(0, contact.againS - monotonicS);
+    const againAt = Number.isFinite(leftS) ? wallUs / 1_000 + leftS * 1_000 : null;
+    const urls = contact.mailboxes.map(({ url }) => url);
+    const trouble = this.complaints.latest((about) => (
+      about === number || urls.includes(String(about)) || `${about}`.startsWith(`${number} at `)));
+    return { state: contact.attempt.state, againAt, trouble };
   }
 
   // -- What lines and channels ask ---------------------------------------------------------

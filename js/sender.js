@@ -39,11 +39,13 @@ class Letter {
   /**
    * @param {Mailbox} mailbox
    * @param {string} data
+   * @param {string} hash of the message in it
    * @param {number} untilS
    */
-  constructor(mailbox, data, untilS) {
+  constructor(mailbox, data, hash, untilS) {
     this.mailbox = mailbox;
     this.data = data;
+    this.hash = hash;
     this.untilS = untilS;
   }
 }
@@ -89,8 +91,9 @@ class Queue {
    * @param {RelayClient} client
    * @param {System} system
    * @param {Complaints | null} complaints none for strangers
+   * @param {OnTaken} onTaken
    */
-  constructor(contact, client, system, complaints) {
+  constructor(contact, client, system, complaints, onTaken) {
     this.contact = contact;
     // Not the relay: it may answer, and refuse what is sent to this contact.
     this._about = `${contact} at ${client.url}`;
@@ -101,6 +104,7 @@ class Queue {
     this._client = client;
     this._system = system;
     this._complaints = complaints;
+    this._onTaken = onTaken;
     this._ended = new AbortController();
     // The pause before the next attempt.
     this._pause = new AbortController();
@@ -111,9 +115,10 @@ class Queue {
   /**
    * @param {Mailbox} mailbox
    * @param {string} data
+   * @param {string} hash
    */
-  add(mailbox, data) {
-    this._letters.push(new Letter(mailbox, data, this._nowS() + SEND_FOR_S));
+  add(mailbox, data, hash) {
+    this._letters.push(new Letter(mailbox, data, hash, this._nowS() + SEND_FOR_S));
     if (this._letters.length > MAX_LETTERS) this._letters.shift();
   }
 
@@ -164,6 +169,7 @@ class Queue {
     try {
       await this._client.send(letter.mailbox, letter.data, this._ended.signal);
       this._complaints?.clear(this._about);
+      this._onTaken(this.contact, letter.hash);
       return null;
     } catch (error) {
       if (!this._ended.signal.aborted) this._complaints?.make(error, this._about);
@@ -177,6 +183,13 @@ class Queue {
 }
 
 /**
+ * Is told what a relay has taken for a contact, by the hash of the message.
+ * @callback OnTaken
+ * @param {number} contact
+ * @param {string} hash
+ */
+
+/**
  * Send messages, each for a while, and drop what cannot be sent.
  *
  * What goes to strangers is tried once, and what becomes of it is not told: nobody waits for it,
@@ -187,9 +200,10 @@ export class Sender {
    * @param {(url: string) => RelayClient} clientOf
    * @param {System} system
    * @param {Complaints} complaints
-   * @param {{toStrangers?: boolean}} [whom]
+   * @param {{toStrangers?: boolean, onTaken?: OnTaken}} [more]
    */
-  constructor(clientOf, system, complaints, { toStrangers = false } = {}) {
+  constructor(clientOf, system, complaints, { toStrangers = false, onTaken = () => {} } = {}) {
+    this._onTaken = onTaken;
     this._clientOf = clientOf;
     this._system = system;
     this._complaints = toStrangers ? null : complaints;
@@ -209,8 +223,9 @@ export class Sender {
    * @param {number} contact
    * @param {Mailbox} mailbox
    * @param {string} data
+   * @param {string} [hash] of the message in it
    */
-  send(contact, mailbox, data) {
+  send(contact, mailbox, data, hash = "") {
     const { url } = mailbox;
     if (!this._takes(contact, url)) {
       const words = `Contact ${contact} names ever new relays: not all of them are asked.`;
@@ -220,11 +235,11 @@ export class Sender {
     const key = `${contact} ${url}`;
     const known = this._queues.get(key);
     if (known && !known.isOver) {
-      known.add(mailbox, data);
+      known.add(mailbox, data, hash);
       return;
     }
     const queue = this._begin(contact, url, key);
-    queue.add(mailbox, data);
+    queue.add(mailbox, data, hash);
     this._sendAll(key, queue);
   }
 
@@ -265,7 +280,8 @@ export class Sender {
    */
   _begin(contact, url, key) {
     this._makeRoom(contact);
-    const queue = new Queue(contact, this._clientOf(url), this._system, this._complaints);
+    const queue = new Queue(
+      contact, this._clientOf(url), this._system, this._complaints, this._onTaken);
     queue.isEnding = this._isEnding;
     this._queues.set(key, queue);
     return queue;

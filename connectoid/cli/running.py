@@ -7,6 +7,7 @@ import contextlib
 import os
 import pathlib
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import connectoid
@@ -54,6 +55,24 @@ def words_of(name: str, event: str) -> str:
     return f"{name}: {connectoid.EVENTS[event]}"
 
 
+def outlook_of(runner: Connectoid, name: str, event: str) -> str:
+    """Return what an event without a connection leads to: the reason, and when it goes on."""
+    if event not in ("unsent", "unreachable"):
+        return ""
+    try:
+        progress = runner.progress(name)
+    except (connectoid.ConnectoidError, ConnectionError):
+        # It has ended meanwhile.
+        return ""
+    words = " Trying again now."
+    if progress.again_at_s is not None:
+        at = time.strftime("%H:%M", time.localtime(progress.again_at_s))
+        words = f" Trying again at {at}, or as soon as this network changes."
+    if event == "unsent" and progress.trouble:
+        words = f" {progress.trouble}{words}"
+    return words
+
+
 def command_for(arguments: argparse.Namespace, *words: str) -> str:
     """Return a command that a user can paste, for the store of this one."""
     argv = ["connectoid", *words]
@@ -70,7 +89,8 @@ def running(arguments: argparse.Namespace, teller: Teller) -> Iterator[Connectoi
         if event == "paired":
             teller.say(event, "", contact=name)
         elif event not in SILENT:
-            teller.say(event, words_of(name, event), contact=name)
+            words = words_of(name, event) + outlook_of(runner, name, event)
+            teller.say(event, words, contact=name)
 
     store = Store(arguments.store, passphrase_of(arguments))
     with contextlib.closing(store):

@@ -98,6 +98,7 @@ def begin(machine: Machine) -> str:
     if not machine.record.hello:
         return gather_offer(machine, cause)
     outbox.repeat_hello(machine)
+    _note_out(machine, machine.record.hello_hash)
     machine.late_in(AGAIN_AFTER_OFFER_S)
     return "waiting"
 
@@ -115,7 +116,7 @@ def call(machine: Machine, cause: str | None) -> str:
     """Call for an offer, and give up the present connection."""
     leave_connection(machine)
     close(machine)
-    outbox.send_call(machine, cause)
+    _note_out(machine, outbox.send_call(machine, cause))
     machine.late_in(AGAIN_AFTER_OFFER_S)
     return "waiting"
 
@@ -175,7 +176,7 @@ def take_welcome_without_answer(machine: Machine, message: Message) -> str:
 
 def take_answer(machine: Machine, message: Message) -> str:
     """Give the answer to the peer connection that made the offer."""
-    machine.set_attempt(answer=message.hash)
+    machine.set_attempt(answer=message.hash, is_taken=True)
     machine.effects.append(Join(machine.attempt.attempt_id, message.sdp or {}))
     machine.late_in(AGAIN_AFTER_ANSWER_S)
     return "joining"
@@ -199,11 +200,13 @@ def take_gathered(machine: Machine, sdp: Mapping[str, str] | None = None) -> str
     if machine.record.role == "inviter":
         return _answer(machine, sdp)
     machine.set_attempt(offer=_offer(machine, sdp))
+    _note_out(machine, machine.attempt.offer)
     return "waiting"
 
 
 def _welcome(machine: Machine, sdp: Mapping[str, str] | None) -> str:
     outbox.send_welcome(machine, sdp)
+    _note_out(machine, machine.record.welcome_hash)
     if sdp is None:
         return "apart"
     return "joining"
@@ -213,6 +216,7 @@ def _answer(machine: Machine, sdp: Mapping[str, str]) -> str:
     cause = machine.attempt.cause
     answer = outbox.send_answer(machine, cause, sdp)
     machine.set_attempt(offer=cause, answer=answer)
+    _note_out(machine, answer)
     machine.late_in(AGAIN_AFTER_ANSWER_S)
     return "joining"
 
@@ -226,13 +230,26 @@ def _offer(machine: Machine, sdp: Mapping[str, str]) -> str:
     return outbox.send_hello(machine, sdp)
 
 
+def _note_out(machine: Machine, message_hash: str) -> None:
+    """Note that a message is out. A hello that is sent again may be at the relay already."""
+    attempt = machine.attempt
+    is_taken = attempt.is_taken and attempt.out == message_hash
+    machine.set_attempt(out=message_hash, is_taken=is_taken)
+
+
+def take_receipt(machine: Machine, message_hash: str) -> None:
+    """Note that a relay has taken a message."""
+    if message_hash and message_hash == machine.attempt.out:
+        machine.set_attempt(is_taken=True)
+
+
 # -- The channel: each end shows whose it is ---------------------------------------------
 
 
 def send_challenge(machine: Machine) -> str:
     """Seal a challenge to the contact: only the owner of its mailbox key can send it back."""
     challenge = machine.suite.random(CHALLENGE_BYTES)
-    machine.set_attempt(challenge=challenge)
+    machine.set_attempt(challenge=challenge, is_taken=True)
     machine.late_in(AGAIN_AFTER_ANSWER_S)
     mailbox = parse_address(machine.record.contact_address, allow_http=True)[0]
     sealed = machine.suite.seal(mailbox.pub, channel_info(machine), challenge)
@@ -305,6 +322,8 @@ def try_again(machine: Machine) -> str:
         # Only the opener may try again.
         machine.set_attempt(late_s=machine.active_until_s)
         return machine.attempt.state
+    if machine.attempt.out and not machine.attempt.is_taken:
+        return _try_unsent(machine)
     answered = machine.attempt.state != "waiting"
     goes_on = machine.is_active
     if answered:
@@ -321,6 +340,18 @@ def try_again(machine: Machine) -> str:
         machine.tell("unanswered")
     close(machine)
     return "apart"
+
+
+def _try_unsent(machine: Machine) -> str:
+    """Try once more what no relay has taken: nobody can have answered it, or failed to connect."""
+    if not machine.is_active:
+        machine.tell("unsent")
+        close(machine)
+        return "apart"
+    if not machine.told_unsent:
+        machine.told_unsent = True
+        machine.tell("unsent")
+    return begin(machine)
 
 
 def _note_failure(machine: Machine) -> None:

@@ -116,6 +116,7 @@ class Contact:
         with machine.step(now) as effects:
             machine.wanted = True
             machine.failed = 0
+            machine.told_unsent = False
             machine.be_active()
             connecting.turn(machine, "begin")
         return effects
@@ -135,6 +136,7 @@ class Contact:
         with machine.step(now) as effects:
             if machine.lacks_connection:
                 machine.failed = 0
+                machine.told_unsent = False
                 connecting.begin_anew(machine)
         return effects
 
@@ -329,6 +331,12 @@ class Contact:
             inbox.go_on(self.machine, MAX_STEP_MESSAGES)
         return effects
 
+    def sent(self, now: Now, message_hash: str) -> list[Effect]:
+        """Notice that a relay has taken a Send, by the hash of its message."""
+        with self.machine.step(now) as effects:
+            connecting.take_receipt(self.machine, message_hash)
+        return effects
+
     # -- Queries -------------------------------------------------------------------------
 
     @property
@@ -359,6 +367,13 @@ class Contact:
     def mailboxes(self) -> list[Mailbox]:
         """Return the mailboxes that are polled."""
         return [mailbox for own in self.record.addresses for mailbox in own.mailboxes]
+
+    @property
+    def again_s(self) -> float:
+        """Return the time of the next attempt to connect by the monotonic clock; or infinity."""
+        if self.machine.wants_attempt:
+            return self.machine.next_begin_s
+        return math.inf
 
     @property
     def is_behind(self) -> bool:

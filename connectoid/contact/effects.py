@@ -50,11 +50,15 @@ class Forget(NamedTuple):
 
 
 class Send(NamedTuple):
-    """Send `data` to a mailbox: the contact's, or a stranger's who has opened the link too."""
+    """Send `data` to a mailbox: the contact's, or a stranger's who has opened the link too.
+
+    Once a relay has taken it, `Contact.sent` gets the hash of the message that is in it.
+    """
 
     mailbox: Mailbox
     data: str
     is_to_stranger: bool = False
+    message_hash: str = ""
 
 
 class Gather(NamedTuple):
@@ -130,10 +134,13 @@ EVENTS: Mapping[str, str] = {
     "used": "This link was used by somebody else, or withdrawn; ask for a new one.",
     "expired": "Nobody answered for as long as the link was good; share again.",
     "unshared": "The other has ended the sharing.",
+    "unsent": (
+        "No relay takes what this side sends to the contact. "
+        "Another attempt is made from time to time."
+    ),
     "unanswered": "No answer yet. Another attempt is made from time to time.",
     "unreachable": (
-        "Both answered, but their networks do not connect: they may need a TURN server. "
-        "It is tried again every ten minutes, and at once in another network."
+        "Both answered, but their networks do not connect: they may need a TURN server."
     ),
 }
 

@@ -45,6 +45,10 @@ class Attempt:
     # The hashes of the messages with the offer and with the answer.
     offer: str = ""
     answer: str = ""
+    # The hash of this side's message that is out, with an offer, an answer or a call, and whether
+    # a relay has taken it.
+    out: str = ""
+    is_taken: bool = False
     challenge: bytes = field(default=b"", repr=False)
     # This side has answered the other's challenge.
     replied: bool = False
@@ -147,6 +151,9 @@ class Machine:
 
         # Attempts in a row in which both answered and no channel came.
         self.failed = 0
+
+        # The app was told that no relay takes what is out, since it wanted to connect.
+        self.told_unsent = False
 
         # The times of the last welcome, used and unshare that were sent as replies.
         self.repeated_s: dict[str, float] = {}

@@ -50,7 +50,8 @@ def _of_this_app(machine: Machine) -> dict[str, Any]:
 
 def repeat_hello(machine: Machine) -> None:
     """Send the hello again, to the byte."""
-    post(machine, machine.record.contact_address, machine.record.hello)
+    record = machine.record
+    post(machine, record.contact_address, record.hello, message_hash=record.hello_hash)
 
 
 def send_welcome(machine: Machine, sdp: Mapping[str, str] | None) -> None:
@@ -65,7 +66,7 @@ def send_welcome(machine: Machine, sdp: Mapping[str, str] | None) -> None:
     machine.set_attempt(offer=machine.record.hello_hash, answer=machine.record.welcome_hash)
     # Repetitions are a minute apart from now on.
     machine.may_repeat("welcome")
-    post(machine, address, jws)
+    post(machine, address, jws, message_hash=machine.record.welcome_hash)
 
 
 def repeat_welcome(machine: Machine, address: str) -> None:
@@ -168,8 +169,9 @@ def say(machine: Machine, kind: str, re: str | None, **members: Any) -> str:
         send_renew(machine)
     address = machine.record.contact_address
     jws = sign(machine, kind, address, re, **members)
-    post(machine, address, jws)
-    return hash_jws(jws)
+    message_hash = hash_jws(jws)
+    post(machine, address, jws, message_hash=message_hash)
+    return message_hash
 
 
 def send_renew(machine: Machine) -> None:
@@ -230,10 +232,13 @@ def _announced(machine: Machine, kind: str) -> OwnAddress:
     return record.pending or record.current or first
 
 
-def post(machine: Machine, address: str, text: str, *, is_to_stranger: bool = False) -> None:
+def post(
+    machine: Machine, address: str, text: str, *, message_hash: str = "",
+    is_to_stranger: bool = False,
+) -> None:
     """Seal a message to each mailbox of an address, and send it."""
     for mailbox in parse_address(address, allow_http=True):
         sealed = seal_message(machine.suite, mailbox.pub, text)
-        machine.effects.append(Send(mailbox, sealed, is_to_stranger))
+        machine.effects.append(Send(mailbox, sealed, is_to_stranger, message_hash))
     if not is_to_stranger:
         machine.poll_fast()

@@ -108,6 +108,7 @@ async function begin(machine) {
   if (machine.record.role === "inviter") return call(machine, cause);
   if (!machine.record.hello) return gatherOffer(machine, cause);
   await outbox.repeatHello(machine);
+  noteOut(machine, machine.record.helloHash);
   machine.lateIn(AGAIN_AFTER_OFFER_S);
   return "waiting";
 }
@@ -132,7 +133,7 @@ export async function beginAnew(machine) {
 async function call(machine, cause) {
   leaveConnection(machine);
   close(machine);
-  await outbox.sendCall(machine, cause);
+  noteOut(machine, await outbox.sendCall(machine, cause));
   machine.lateIn(AGAIN_AFTER_OFFER_S);
   return "waiting";
 }
@@ -223,7 +224,7 @@ function takeWelcomeWithoutAnswer(machine, { hash }) {
  * @param {Message} message
  */
 function takeAnswer(machine, { sdp, hash }) {
-  machine.setAttempt({ answer: hash });
+  machine.setAttempt({ answer: hash, isTaken: true });
   const answer = /** @type {Sdp} */ (sdp);
   machine.do({ do: "join", attemptId: machine.attempt.attemptId, answer });
   machine.lateIn(AGAIN_AFTER_ANSWER_S);
@@ -243,6 +244,7 @@ async function takeGathered(machine, sdp = null) {
   if (!sdp) return "waiting";
   if (machine.record.role === "inviter") return answer(machine, sdp);
   machine.setAttempt({ offer: await offer(machine, sdp) });
+  noteOut(machine, machine.attempt.offer);
   return "waiting";
 }
 
@@ -252,6 +254,7 @@ async function takeGathered(machine, sdp = null) {
  */
 async function welcome(machine, sdp) {
   await outbox.sendWelcome(machine, sdp);
+  noteOut(machine, machine.record.welcomeHash);
   return sdp ? "joining" : "apart";
 }
 
@@ -263,6 +266,7 @@ async function answer(machine, sdp) {
   const { cause } = machine.attempt;
   const hash = await outbox.sendAnswer(machine, cause, sdp);
   machine.setAttempt({ offer: cause ?? "", answer: hash });
+  noteOut(machine, hash);
   machine.lateIn(AGAIN_AFTER_ANSWER_S);
   return "joining";
 }
@@ -280,6 +284,25 @@ function offer(machine, sdp) {
   return outbox.sendHello(machine, sdp);
 }
 
+/**
+ * Note that a message is out. A hello that is sent again may be at the relay already.
+ * @param {Machine} machine
+ * @param {string} hash
+ */
+function noteOut(machine, hash) {
+  const { out, isTaken } = machine.attempt;
+  machine.setAttempt({ out: hash, isTaken: isTaken && out === hash });
+}
+
+/**
+ * Note that a relay has taken a message.
+ * @param {Machine} machine
+ * @param {string} hash
+ */
+export function takeReceipt(machine, hash) {
+  if (hash && hash === machine.attempt.out) machine.setAttempt({ isTaken: true });
+}
+
 // -- The channel: each end shows whose it is ---------------------------------------------
 
 /**
@@ -288,7 +311,7 @@ function offer(machine, sdp) {
  */
 async function sendChallenge(machine) {
   const challenge = machine.suite.random(CHALLENGE_BYTES);
-  machine.setAttempt({ challenge });
+  machine.setAttempt({ challenge, isTaken: true });
   machine.lateIn(AGAIN_AFTER_ANSWER_S);
   const [{ pub }] = parseAddress(machine.record.contactAddress, KNOWN);
   write(machine, await machine.suite.seal(pub, channelInfo(machine), challenge));
@@ -389,6 +412,7 @@ function tryAgain(machine) {
     machine.setAttempt({ lateS: machine.activeUntilS });
     return machine.attempt.state;
   }
+  if (machine.attempt.out && !machine.attempt.isTaken) return tryUnsent(machine);
   const isAnswered = machine.attempt.state !== "waiting";
   let goesOn = machine.isActive;
   if (isAnswered) {
@@ -405,6 +429,21 @@ function tryAgain(machine) {
   }
   close(machine);
   return "apart";
+}
+
+/**
+ * Try once more what no relay has taken: nobody can have answered it, or failed to connect.
+ * @param {Machine} machine
+ */
+function tryUnsent(machine) {
+  if (!machine.isActive) {
+    machine.tell("unsent");
+    close(machine);
+    return "apart";
+  }
+  if (!machine.toldUnsent) machine.tell("unsent");
+  machine.toldUnsent = true;
+  return begin(machine);
 }
 
 /**

@@ -109,6 +109,7 @@ export class Contact {
     return machine.step(now, async () => {
       machine.wanted = true;
       machine.failed = 0;
+      machine.toldUnsent = false;
       machine.beActive();
       await connecting.turn(machine, "begin");
     });
@@ -136,8 +137,19 @@ export class Contact {
     return machine.step(now, async () => {
       if (!machine.lacksConnection) return;
       machine.failed = 0;
+      machine.toldUnsent = false;
       await connecting.beginAnew(machine);
     });
+  }
+
+  /**
+   * Notice that a relay has taken a Send, by the hash of its message.
+   * @param {Now} now
+   * @param {string} hash
+   */
+  sent(now, hash) {
+    const { machine } = this;
+    return machine.step(now, async () => connecting.takeReceipt(machine, hash));
   }
 
   /**
@@ -243,6 +255,11 @@ export class Contact {
       }
       await outbox.announceIfDue(machine);
     });
+  }
+
+  /** When the next attempt to connect begins, by the monotonic clock; or infinity. */
+  get againS() {
+    return this.machine.wantsAttempt ? this.machine.nextBeginS : Infinity;
   }
 
   /** Whether the page was closed before the welcome could go out. */

@@ -23,9 +23,9 @@ import { MAX_SEQ, RELEASE_US } from "../limits.js";
  * Delete the record.
  * @typedef {{do: "forget"}} Forget
  *
- * Send data to a mailbox.
+ * Send data to a mailbox. Once a relay has taken it, `Contact.sent` gets the hash of its message.
  * `isToStranger`: not to the contact, but to somebody who has opened the link too.
- * @typedef {{do: "send", mailbox: Mailbox, data: string, isToStranger: boolean}} Send
+ * @typedef {{do: "send", mailbox: Mailbox, data: string, isToStranger: boolean, hash: string}} Send
  *
  * Make a peer connection in place of the former one, and an offer, or the answer to this offer.
  * `Contact.gathered` takes what comes of it.
@@ -91,8 +91,9 @@ export const EVENTS = {
   used: "This link was used by somebody else, or withdrawn; ask for a new one.",
   expired: "Nobody answered for as long as the link was good; share again.",
   unshared: "The other has ended the sharing.",
+  unsent: "No relay takes what this side sends to the contact. "
+    + "Another attempt is made from time to time.",
   unanswered: "No answer yet. Another attempt is made from time to time.",
   unreachable:
-    "Both answered, but their networks do not connect: they may need a TURN server. "
-    + "It is tried again every ten minutes, and at once in another network.",
+    "Both answered, but their networks do not connect: they may need a TURN server.",
 };

@@ -33,6 +33,8 @@ import { LASTING } from "./rules.js";
  * @property {string | null} cause the hash of the message that is being answered
  * @property {string} offer the hash of the message with the offer
  * @property {string} answer the hash of the message with the answer
+ * @property {string} out the hash of the message that is out, with an offer, an answer or a call
+ * @property {boolean} isTaken whether a relay has taken it
  * @property {Bytes} challenge one's own
  * @property {boolean} replied the other's challenge was answered
  *
@@ -52,6 +54,8 @@ export const APART = {
   cause: null,
   offer: "",
   answer: "",
+  out: "",
+  isTaken: false,
   challenge: NOTHING,
   replied: false,
 };
@@ -161,6 +165,9 @@ export class Machine {
 
     // Attempts in a row in which both answered and no channel came.
     this.failed = 0;
+
+    // The app was told that no relay takes what is out, since it wanted to connect.
+    this.toldUnsent = false;
 
     // When a type was last sent as a reply that may be asked for often.
     /** @type {Map<string, number>} */

@@ -54,7 +54,8 @@ function ofThisApp({ record: { app } }) {
  * @param {Machine} machine
  */
 export function repeatHello(machine) {
-  return post(machine, machine.record.contactAddress, machine.record.hello);
+  const { contactAddress, hello, helloHash: hash } = machine.record;
+  return post(machine, contactAddress, hello, { hash });
 }
 
 /**
@@ -72,7 +73,7 @@ export async function sendWelcome(machine, sdpAnswer) {
   machine.setAttempt({ offer: helloHash, answer: welcomeHash });
   // From now on repetitions are a minute apart.
   machine.mayRepeat("welcome");
-  await post(machine, contactAddress, welcome);
+  await post(machine, contactAddress, welcome, { hash: welcomeHash });
 }
 
 /**
@@ -94,7 +95,7 @@ export function repeatWelcome(machine, address) {
 export async function sendUsed(machine, address, helloHash, { isToStranger }) {
   const { r } = machine.record;
   const jws = await sign(machine, "used", address, helloHash, { r });
-  await post(machine, address, jws, isToStranger);
+  await post(machine, address, jws, { isToStranger });
 }
 
 // -- Numbered messages, known by their `seq` ---------------------------------------------
@@ -211,8 +212,9 @@ async function say(machine, type, re, members) {
   }
   const { contactAddress } = machine.record;
   const jws = await sign(machine, type, contactAddress, re, members);
-  await post(machine, contactAddress, jws);
-  return hashJws(jws);
+  const hash = await hashJws(jws);
+  await post(machine, contactAddress, jws, { hash });
+  return hash;
 }
 
 /**
@@ -294,12 +296,12 @@ function announcedAddress(machine, type) {
  * @param {Machine} machine
  * @param {string} address
  * @param {string} text
- * @param {boolean} [isToStranger]
+ * @param {{hash?: string, isToStranger?: boolean}} [about] the hash of the message, and for whom
  */
-async function post(machine, address, text, isToStranger = false) {
+async function post(machine, address, text, { hash = "", isToStranger = false } = {}) {
   for (const mailbox of parseAddress(address, KNOWN)) {
     const data = await sealMessage(machine.suite, mailbox.pub, text);
-    machine.do({ do: "send", mailbox, data, isToStranger });
+    machine.do({ do: "send", mailbox, data, isToStranger, hash });
   }
   if (!isToStranger) machine.pollFast();
 }

@@ -245,6 +245,8 @@ export class Wire {
     this.at = 0;
     // The relays of both.
     this.urls = [RELAYS[0][0]];
+    // What a relay has taken is told.
+    this.relayReplies = true;
     // On data channels, in order.
     this.written = [];
   }
@@ -260,7 +262,10 @@ export class Wire {
 
   async doOne(name, effect) {
     if (effect.do === "save") this.saved[name] = effect.record;
-    if (effect.do === "send") this.deliver(effect);
+    if (effect.do === "send") {
+      this.deliver(effect);
+      if (this.relayReplies) await this.contacts[name]?.sent(this.now, effect.hash);
+    }
     if (effect.do === "gather") await this.gather(name, effect);
     if (effect.do === "join") this.open = true;
     if (effect.do === "tell") this.told.push([name, effect.event]);

@@ -11,7 +11,8 @@ import { MAX_STEP_MESSAGES } from "../contact/contact.js";
 import { REPEATABLE } from "../contact/effects.js";
 import { addressesOf } from "../contact/record.js";
 import {
-  AGAIN_IDLE_S, MAX_ADDRESS_CHARS, MAX_APP_CHARS, MAX_CANDIDATES, MAX_REPLACED, MAX_URL_CHARS,
+  AGAIN_AFTER_ANSWER_S, AGAIN_IDLE_S, MAX_ADDRESS_CHARS, MAX_APP_CHARS, MAX_CANDIDATES,
+  MAX_REPLACED, MAX_URL_CHARS,
   POLL_FAST_S, POLL_SLOW_S, TELL_EVERY_S,
 } from "../limits.js";
 import { PYTHON, RELAYS, SUITE, Wire, here, makeSdp, pair, start } from "./harness.mjs";
@@ -388,6 +389,25 @@ for (const [afterS, times] of [[-1, 1], [0, 2], [1, 2]]) {
       assert.equal(told.filter((effect) => effect.event === event).length, times);
     }
     assert.equal(told.filter(({ event }) => event === "disconnected").length, 3);
+  });
+}
+
+for (const [relayReplies, told] of [[true, "unreachable"], [false, "unsent"]]) {
+  test(`an answer without a channel is ${told}, if relayReplies is ${relayReplies}`, async () => {
+    const wire = new Wire();
+    const { alice, bob } = await pair(wire);
+    await wire.rounds(4);
+    for (const [name, contact] of Object.entries(wire.contacts)) {
+      await wire.do(name, contact.channelClosed(wire.now, contact.attempt.attemptId));
+    }
+    await wire.do("Bob", bob.connect(wire.now));
+    wire.relayReplies = relayReplies;
+    const before = wire.told.length;
+    await wire.poll("Alice");
+    assert.equal(alice.attempt.state, "joining");
+    wire.nowS += AGAIN_AFTER_ANSWER_S;
+    await wire.do("Alice", alice.tick(wire.now));
+    assert.deepEqual(wire.told.slice(before), [["Alice", told]]);
   });
 }
 

@@ -200,6 +200,7 @@ class App:
                 self.saved = record.to_json()
             case Send(mailbox, sealed) if self.online:
                 self.world.put(mailbox.pub, sealed)
+                self.do(self.contact.sent(self.world.now, effect.message_hash))
             case Gather(attempt_id, offer) if self.gathers:
                 self.do(
                     self.contact.gathered(

@@ -240,6 +240,9 @@ class App:
     def _send(self, effect: Send) -> None:
         self.check_saved()
         self.world.wire.send(self, effect)
+        # The reply of the relay, whatever becomes of the message.
+        if self.contact is not None:
+            self.contact.sent(self.now, effect.message_hash)
 
     def _tell(self, effect: Tell) -> None:
         self.world.note(self.name, "TELLS", effect.event)

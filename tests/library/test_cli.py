@@ -11,9 +11,10 @@ import os
 import stat
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from apps import (
@@ -26,8 +27,9 @@ from harness import LONG_DEADLINE_S
 
 import connectoid
 import connectoid.cli
-from connectoid import OwnAddress
+from connectoid import OwnAddress, Progress
 from connectoid.cli.inbox import ask_user
+from connectoid.cli.running import outlook_of
 from connectoid.encoding import encode_base64url
 
 # ---------------------------------------------------------------------------------------
@@ -340,6 +342,28 @@ def test_cli_names_the_flags_for_a_private_relay_of_somebody_else(
     said = capsys.readouterr().err
     assert said.count("name it with --relay, or give --allow-private-relays") == 2
     assert not logging.getLogger("connectoid").handlers
+
+
+class Outlook:
+    """A runner that knows how it stands with a contact."""
+
+    def __init__(self, again_at_s: float | None, trouble: str = "") -> None:
+        self._progress = Progress("apart", again_at_s, trouble)
+
+    def progress(self, name: str) -> Progress:
+        """Return it."""
+        return self._progress
+
+
+def test_cli_says_when_it_tries_again_and_what_the_relay_said() -> None:
+    """A clock time, and no rhythm that nobody has counted."""
+    at_s = time.mktime((2027, 1, 15, 14, 5, 0, 0, 0, -1))
+    later, now = cast(Any, Outlook(at_s, "It is full.")), cast(Any, Outlook(None))
+    again = " Trying again at 14:05, or as soon as this network changes."
+    assert outlook_of(later, "Bob", "unreachable") == again
+    assert outlook_of(later, "Bob", "unsent") == f" It is full.{again}"
+    assert outlook_of(now, "Bob", "unreachable") == " Trying again now."
+    assert outlook_of(later, "Bob", "flooded") == ""
 
 
 def test_cli_contacts_warn_no_more_once_compared(

@@ -54,7 +54,6 @@ def test_offer_found_after_a_gap_is_stale_and_gets_a_call(toy: World) -> None:
 
 def test_attempts_without_answer_are_told_and_then_seldom(toy: World) -> None:
     alice, bob = apart(toy)
-    bob.online = False
     bob.connect()
     sent = [(toy.monotonic_s, count(Send, bob.done))]
     start_s = toy.monotonic_s
@@ -71,6 +70,41 @@ def test_attempts_without_answer_are_told_and_then_seldom(toy: World) -> None:
         bob.state == "waiting"
     )
     assert alice.record.state == "paired"
+
+
+@pytest.mark.parametrize(
+    ("takes", "told"), [(True, ["unreachable"]), (False, ["unsent"])], ids=["taken", "refused"])
+def test_networks_are_blamed_only_if_a_relay_has_taken_the_answer(
+    toy: World, takes: bool, told: list[str],
+) -> None:
+    """An answer that a relay refuses reaches nobody: the relay has to be told."""
+    alice, bob = apart(toy)
+    bob.connect()
+    before = len(alice.told)
+    alice.online = takes
+    alice.poll()
+    assert alice.state == "joining"
+    toy.advance(limits.AGAIN_AFTER_ANSWER_S)
+    alice.tick()
+    assert alice.told[before:] == told
+    # The call that follows reaches nobody either, which is told once while attempts are frequent.
+    toy.advance(limits.AGAIN_AFTER_OFFER_S)
+    alice.tick()
+    assert alice.told[before:] == told
+
+
+def test_who_has_an_answer_has_been_heard_whatever_the_relay_replied(toy: World) -> None:
+    """The reply of the relay was lost, and the networks do not connect."""
+    alice, bob = apart(toy)
+    bob.connect()
+    bob.contact.machine.set_attempt(is_taken=False)
+    alice.poll()
+    bob.poll()
+    assert bob.state == "joining"
+    toy.advance(limits.AGAIN_AFTER_ANSWER_S)
+    bob.tick()
+    assert "unsent" not in bob.told
+    assert "unreachable" in bob.told
 
 
 def test_next_tick_is_never_in_the_past_after_a_tick(toy: World) -> None:
