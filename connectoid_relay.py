@@ -2609,6 +2609,9 @@ class Complaints:
             log.warning("connectoid-relay: %s", text)
 
 
+OWN_PART_IS_FULL = "You have as much in this mailbox as one network may, until messages expire."
+
+
 def refusal_of(error: Exception, now_us: int) -> Refusal:
     """Return what an exception means to a client."""
     if isinstance(error, Refusal):
@@ -2626,12 +2629,12 @@ def _refusal_without_room(error: NoRoom, now_us: int) -> Refusal:
     if error.whose == "relay":
         return Refusal(FULL, "The relay's storage is full.", retry_s=60)
     if error.whose == "quota":
-        detail = "The quota of bytes is used up until messages expire."
+        detail = "This API key has as much in mailboxes as it may, until messages expire."
         return Refusal(TOO_OFTEN, detail, retry_s=60)
     retry_s = seconds_until(error.until_us, now_us)
     if error.whose == "source":
-        return Refusal(TOO_OFTEN, f"One source may fill 1/{SOURCE_SHARE} of a box.", retry_s)
-    return Refusal(FULL, "The box is full.", retry_s)
+        return Refusal(TOO_OFTEN, OWN_PART_IS_FULL, retry_s)
+    return Refusal(FULL, "This mailbox is full, until messages in it expire.", retry_s)
 
 
 class Admission:
@@ -2900,7 +2903,7 @@ class Mailboxes:
         if not retry_s:
             retry_s = self._sent_bytes.take(source, now_us, size, networks)
         if retry_s:
-            raise Refusal(TOO_OFTEN, "Too many messages from one source.", retry_s)
+            raise Refusal(TOO_OFTEN, "One network has sent too much in a short time.", retry_s)
 
     def _random_source_key(self, _day: int) -> bytes:
         return self._random_bytes(SOURCE_KEY_BYTES)

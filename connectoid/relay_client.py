@@ -9,9 +9,11 @@ import contextvars
 import importlib
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from connectoid.clock import system_now
 from connectoid.contact import Poll
 from connectoid.encoding import decode_base64url, parse_json
 from connectoid.errors import ConnectoidError, Refused, UsageError
@@ -34,6 +36,9 @@ MAX_CHECK_REPLY_BYTES = 4 * 1024
 MAX_BESIDE_BYTES = 16 * 1024
 OK = 200
 MAX_RETRY_S = 900.0
+# A shorter pause is over before anybody has read of it, and after a longer one nobody waits.
+MIN_TOLD_PAUSE_S = 60.0
+MAX_TOLD_PAUSE_S = 86_400.0
 # What nginx, Apache, Caddy and others answer to HTTP on their port of TLS.
 SPOKE_HTTP_TO_TLS = re.compile(
     rb"plain HTTP (?:request was sent )?to (?:an )?(?:HTTPS|SSL-enabled)|HTTP request to an HTTPS")
@@ -178,7 +183,8 @@ class RelayClient:
         words = filter(None, (error, _text_of(reply, "detail")))
         # The relay's words end where we say so.
         said = shown(": ".join(words)).removesuffix(".").replace('"', "'")
-        text = f'{self.url} says "{said}" ({status}).{HINTS.get(error, "")}'
+        hint = HINTS.get(error, "") + _until(reply.get("retry"))
+        text = f'{self.url} says "{said}" ({status}).{hint}'
         return RelayRefusalError(text, _retry_of(reply))
 
     async def close(self) -> None:
@@ -228,6 +234,15 @@ def _text_of(reply: Mapping[str, Any], name: str) -> str:
     if isinstance(text, str):
         return text
     return ""
+
+
+def _until(retry: object) -> str:
+    """Return until when a relay wants to be left alone, for people; nothing if that is soon."""
+    if not isinstance(retry, int | float) or not MIN_TOLD_PAUSE_S < retry <= MAX_TOLD_PAUSE_S:
+        return ""
+    # The minute after, as the clock shows no seconds.
+    until_s = system_now().wall_us / 1e6 + retry + MIN_TOLD_PAUSE_S
+    return f" It asks you to wait until {time.strftime('%H:%M', time.localtime(until_s))}."
 
 
 def _retry_of(reply: Mapping[str, Any]) -> float:

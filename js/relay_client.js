@@ -38,6 +38,9 @@ const OK = 200;
 // relays they are written to, and could have us download without end.
 export const MAX_SEND_REPLY_BYTES = 4096;
 const MAX_RETRY_S = 900;
+// A shorter pause is over before anybody has read of it, and after a longer one nobody waits.
+const MIN_TOLD_PAUSE_S = 60;
+const MAX_TOLD_PAUSE_S = 86_400;
 // A web page begins with it, and no JSON does.
 const LESS_THAN = 0x3c;
 const SPACE = 0x20;
@@ -143,7 +146,7 @@ export class RelayClient {
 
   /** @param {Record<string, any>} reply */
   _refusal(reply) {
-    const hint = HINTS.get(textOf(reply, "error")) ?? "";
+    const hint = (HINTS.get(textOf(reply, "error")) ?? "") + until(reply.retry);
     return new RelayRefusalError(`${this.url} says "${saidBy(reply)}".${hint}`, retryOf(reply));
   }
 
@@ -251,6 +254,18 @@ export function retryS(error) {
  */
 function textOf(reply, name) {
   return typeof reply[name] === "string" ? reply[name] : "";
+}
+
+/**
+ * Return until when a relay wants to be left alone, for people; nothing if that is soon.
+ * @param {unknown} retry
+ */
+function until(retry) {
+  if (typeof retry !== "number" || retry <= MIN_TOLD_PAUSE_S || retry > MAX_TOLD_PAUSE_S) return "";
+  // The minute after, as the clock shows no seconds.
+  const at = new Date(Date.now() + (retry + MIN_TOLD_PAUSE_S) * 1_000);
+  const clock = at.toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" });
+  return ` It asks you to wait until ${clock}.`;
 }
 
 /** @param {any} reply */

@@ -70,6 +70,18 @@ for (const [status, reply, told] of [
   });
 }
 
+for (const [retry, isTold] of [
+  [59, false], [60, false], [61, true], [86_399, true], [86_400, true], [86_401, false],
+  [true, false], ["61", false],
+]) {
+  test(`a pause of ${retry} s that a relay asks for is told: ${isTold}`, async () => {
+    const reply = JSON.stringify({ ok: false, error: "Too often", retry });
+    const { url } = await serve((response) => response.writeHead(429).end(reply));
+    const error = await new RelayClient(url).ask({ action: "send" }).catch((thrown) => thrown);
+    assert.equal(/ It asks you to wait until \d\d:\d\d\.$/.test(error.message), isTold);
+  });
+}
+
 test("a web page in place of a reply is told as what a portal does", async () => {
   for (const page of ["<!DOCTYPE html>Welcome to the hotel", "\r\n <html>Log in"]) {
     const { url } = await serve((response) => response.end(page));

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import re
 import socket
 import threading
 import time
@@ -43,6 +44,8 @@ from connectoid.relay_client import (
     MAX_RECEIVE_CHARS,
     MAX_RECEIVES,
     MAX_RETRY_S,
+    MAX_TOLD_PAUSE_S,
+    MIN_TOLD_PAUSE_S,
     RECEIVE_LIMIT,
     Boxed,
     Budget,
@@ -93,6 +96,25 @@ def test_client_tells_the_words_of_a_relay_in_one_line(run: Run) -> None:
         run(client.close())
     said = f'{fake.url} says "Full: a\ufffd\ufffd b" (507). The relay says that others have filled'
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("retry", "is_told"),
+    [(MIN_TOLD_PAUSE_S - 1, False), (MIN_TOLD_PAUSE_S, False), (MIN_TOLD_PAUSE_S + 1, True),
+     (MAX_TOLD_PAUSE_S - 1, True), (MAX_TOLD_PAUSE_S, True), (MAX_TOLD_PAUSE_S + 1, False),
+     (True, False), ("61", False)])
+def test_pause_that_a_relay_asks_for_is_told_as_a_time(
+    retry: object, is_told: bool, run: Run,
+) -> None:
+    """A minute is over before anybody has read of it."""
+    reply = {"ok": False, "error": "Too often", "retry": retry}
+    with FakeRelay(lambda _: http_reply(reply, status="429 Too often")) as fake:
+        client = RelayClient(fake.url, timeout_s=SOON_S)
+        with pytest.raises(RelayError) as caught:
+            run(client.ask({"action": "send"}))
+        run(client.close())
+    until = re.search(r" It asks you to wait until \d\d:\d\d\.$", str(caught.value))
+    assert (until is not None) is is_told
 
 
 def test_words_of_a_relay_end_where_the_client_says_so(run: Run) -> None:
