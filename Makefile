@@ -40,11 +40,17 @@ bench-quick: .venv/ready
 install-test:
 	sh deploy/install_test.sh
 
+# What a release has, built into dist/ and checked. A minute.
+packages: .venv/ready
+	$(BIN)/pip install --quiet --editable '.[package]'
+	sh deploy/packaging/make_packages.sh
+
 # The relay in a container, as root: a minute. Says what it lacks where it cannot.
 container-test:
 	sh deploy/container_test.sh
 
 clean:
-	rm -rf .venv bench/node_modules build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv bench/node_modules build dist *.egg-info .hypothesis .mypy_cache .pytest_cache \
+		.ruff_cache
 
-.PHONY: bench bench-quick check check-style clean container-test install-test quick
+.PHONY: bench bench-quick check check-style clean container-test install-test packages quick

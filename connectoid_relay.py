@@ -21,7 +21,7 @@ key can receive. PROTOCOL.md says what goes over the wire, docs/hosting.md how t
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # For programs that embed the relay. connectoid_admin.py and deploy/dynamodb, which come with it,
 # also use constants and functions below: any name without an underscore.

@@ -74,7 +74,7 @@ from connectoid.store import Store, StoreError
 from connectoid.suite import CONTEXTS, Suite, SystemSuite, app_of_contact, hash_jws, prove
 from connectoid.webrtc import AiortcAdapter, WebRTC
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CONNECTING",

@@ -5,7 +5,7 @@
  *     dist/connectoid.min.js   the same without comments and spaces, as small as it gets
  *     dist/connectoid.d.ts     types for the first
  *
- * `npm run types`, which runs first, has made dist/types.
+ * The script `types`, which runs first, has made dist/types.
  */
 
 import { readFile, writeFile } from "node:fs/promises";

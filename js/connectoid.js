@@ -29,7 +29,7 @@
  * @module
  */
 
-export const VERSION = "0.1.0";
+export const VERSION = "0.2.0";
 
 export { Channel } from "./channel.js";
 export { EMOJI, comparisonString } from "./comparison.js";

@@ -20,15 +20,15 @@ from connectoid.cli import COMMANDS
 
 README, LIBRARY = (page(name) for name in ("README.md", "docs/library.md"))
 PLACES = (
-    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "PROTOCOL.md", "docs", "deploy", "examples",
+    "README.md", "CHANGELOG.md", "PROTOCOL.md", "docs", "deploy", "examples",
     "vectors",
 )
 # Of code that ruff does not read. Those without a suffix are scripts.
 CODE = frozenset({
     "", ".c", ".cfg", ".css", ".html", ".js", ".mjs", ".service", ".sh", ".toml", ".yaml",
     ".yml"})
-# What was made, or fetched, and is not kept.
-MADE = frozenset({"__pycache__", "build", "dist", "node_modules", "screenshots"})
+# What was made, or fetched, and is not kept; an sdist has PKG-INFO.
+MADE = frozenset({"PKG-INFO", "__pycache__", "build", "dist", "node_modules", "screenshots"})
 MAX_COLUMNS = 100
 MAX_README_LINES = 200
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -41,14 +41,16 @@ FENCED = re.compile(r"(?ms)^ *```.*?^ *```$")
 
 def is_kept(folder: str) -> bool:
     """Return whether a folder has not what tools leave behind for themselves."""
-    return folder == ".ci" or not (folder.startswith(".") or folder.endswith(".egg-info"))
+    if folder in (".ci", ".github"):
+        return True
+    return not (folder.startswith(".") or folder.endswith(".egg-info"))
 
 
 def kept() -> Iterator[Path]:
     """Yield the files that the repository keeps."""
     for folder, folders, files in os.walk(ROOT):
         folders[:] = [name for name in folders if name not in MADE and is_kept(name)]
-        yield from (Path(folder, name) for name in files)
+        yield from (Path(folder, name) for name in files if name not in MADE)
 
 
 def documents() -> list[Path]:
@@ -207,7 +209,7 @@ def names_in(*modules: Path) -> set[str]:
 
 
 def test_three_ways_through_the_code_name_what_is_there() -> None:
-    text = page("CONTRIBUTING.md").partition("\n## Three ways through the code\n")[2]
+    text = page("docs/contributing.md").partition("\n## Three ways through the code\n")[2]
     ways = text.partition("\n## ")[0].replace("\n", " ").split(" **")[1:]
     library = names_in(*(ROOT / "connectoid").rglob("*.py"))
     relay = names_in(ROOT / "connectoid_relay.py")
@@ -217,7 +219,7 @@ def test_three_ways_through_the_code_name_what_is_there() -> None:
 
 
 def test_modules_of_one_language_are_listed_and_all_others_are_in_both() -> None:
-    rows = rows_after(page("CONTRIBUTING.md"), "## Two languages")
+    rows = rows_after(page("docs/contributing.md"), "## Two languages")
     listed = {(name, language) for names, language, _ in rows for name in names.split(", ")}
     python = modules_of(ROOT / "connectoid", "*.py") - {"__init__", "contact/__init__"}
     javascript = modules_of(ROOT / "js", "*.js") - {"connectoid"}
