@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 from harness import ROOT
 from pages import blocks, page, rows_after
 
@@ -102,7 +103,11 @@ def test_places_agree_on_what_is_supported() -> None:
     assert f'target-version = "py{first.replace(".", "")}"' in page("pyproject.toml")
     makefile = page("Makefile")
     assert {"darwin", "win32"} == set(re.findall("--platform (\\w+)", makefile))
-    tried = rows_after(page("CONTRIBUTING.md"), "### Systems")
+    workflow = yaml.safe_load(page(".github/workflows/ci.yml"))
+    matrix = workflow["jobs"]["suite"]["strategy"]["matrix"]
+    assert matrix["python"] == pythons
+    assert matrix["os"] == ["ubuntu-latest", "windows-latest", "macos-latest"]
+    tried = rows_after(page("docs/contributing.md"), "### Systems")
     assert [python for python, _ in tried] == pythons
     for _, command in tried:
         assert command == "nobody" or (ROOT / command.strip("`").split()[0]).exists()

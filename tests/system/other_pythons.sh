@@ -12,7 +12,7 @@ umask 022
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
 longest_s=2400
 # What the quick tests import. Not all of '.[test]' has wheels for the newest Python.
-packages='pytest pytest-xdist hypothesis h11 boto3 prometheus-client'
+packages='pytest pytest-xdist hypothesis h11 boto3 prometheus-client pyyaml'
 
 fail() {
     echo "other_pythons.sh: $1" >&2
