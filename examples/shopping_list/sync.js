@@ -670,7 +670,8 @@ export class Sync {
     const warnings = this._warnings.get(id) ?? new Set();
     const isRelayDown = Boolean(this.relayTrouble);
     const isPaused = this._paused.has(id);
-    const moment = { ...record, isConnected, lastEvent, warnings, isRelayDown, isPaused };
+    const againAt = record.state ? this._lib.progress(id).againAt : null;
+    const moment = { ...record, againAt, isConnected, lastEvent, warnings, isRelayDown, isPaused };
     const [tone, words] = standingOf(person, moment);
     const isOpen = record.state === "invited";
     return {

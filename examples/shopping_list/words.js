@@ -22,6 +22,7 @@
  * @property {Set<string>} warnings `flooded`, `needs_newer_app`
  * @property {boolean} differs whether the emoji of the two were not the same
  * @property {boolean} isRelayDown whether no relay of this side answers
+ * @property {number | null} [againAt] when the next attempt to connect begins, in milliseconds
  * @property {boolean} isPaused whether it is not reached, since it did not confirm changes
  */
 
@@ -43,7 +44,8 @@ export function standingOf(person, moment) {
   if (isConnected && !pending && lacking) return standingOfLacking(nickname, lacking);
   if (isConnected) return pending ? SENDING : UP_TO_DATE;
   if (!navigator.onLine) return pending ? WAITING_OFFLINE : OFFLINE;
-  if (lastEvent === "unreachable") return UNREACHABLE;
+  if (lastEvent === "unreachable") return standingOfUnreachable(moment);
+  if (lastEvent === "unsent") return UNSENT;
   if (state === "opened") {
     return ["wait", `Waiting for ${nickname}'s app to answer. It has to be open too.`];
   }
@@ -94,9 +96,18 @@ const WAITING_OFFLINE = ["wait", "Changes wait until you are online."];
 /** @type {Standing} */
 const OFFLINE = ["wait", "You are offline."];
 /** @type {Standing} */
-const UNREACHABLE = [
-  "bad", "Your two networks do not let you connect directly. Try again in another network.",
-];
+const UNSENT = ["bad", "No relay takes what you send. It is tried again."];
+
+/**
+ * @param {Moment} moment
+ * @returns {Standing}
+ */
+function standingOfUnreachable({ attempt, againAt }) {
+  let next = "Try again in another network.";
+  if (attempt !== "apart") next = "Trying again now.";
+  if (againAt) next = `Trying again at ${clockTime(againAt)}, and at once in another network.`;
+  return ["bad", `Your two networks do not let you connect directly. ${next}`];
+}
 
 /**
  * @param {Person} person who is paired, and not connected
@@ -248,6 +259,11 @@ function span(seconds) {
 
 const HOUR_MINUTES = 60;
 const DAY_MINUTES = 1_440;
+
+/** @param {number} at in milliseconds */
+function clockTime(at) {
+  return new Date(at).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" });
+}
 
 /** @param {number} at in milliseconds */
 function ago(at) {

@@ -470,6 +470,18 @@ function makeListener() {
   return { sync, is };
 }
 
+test("networks that do not connect are told with the time of the next attempt", async () => {
+  const { sync, is } = makeListener();
+  await sync._heard("bob", "unreachable");
+  const againAt = new Date(2027, 0, 15, 14, 5).getTime();
+  const says = (moment) => is({ state: "paired", ...moment })[1];
+  assert.match(says({ againAt }), /Trying again at 14:05, and at once in another network\.$/);
+  assert.match(says({ attempt: "joining", againAt: null }), /Trying again now\.$/);
+  assert.match(says({ againAt: null }), /Try again in another network\.$/);
+  await sync._heard("bob", "unsent");
+  assert.match(says({ againAt }), /No relay takes/);
+});
+
 /** A page with one person, and what it sends on a channel. */
 function makePage() {
   const { model } = makeDevice("alice");
