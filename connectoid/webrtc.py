@@ -17,6 +17,7 @@ from connectoid.errors import UsageError
 from connectoid.gathering import IceServer, gather_in_time, read_server
 from connectoid.ice import Ice
 from connectoid.reassembly import CHANNEL_LABEL, bound_association
+from connectoid.recovery import recover_soon
 from connectoid.sctp_gate import guard_sctp
 from connectoid.shown import shown
 
@@ -263,6 +264,7 @@ class AiortcAdapter:
         guard_sctp(sctp, refuse)
         refuse_size = functools.partial(self._refuse, contact, peer, "too_large")
         bound_association(sctp, refuse, refuse_size, may_open=peer.channel is None)
+        recover_soon(sctp)
         connection = sctp.transport.transport._connection
         warn = functools.partial(report, "trouble", peer.attempt_id)
         gather_in_time(

@@ -50,6 +50,7 @@ SOCKET_ROOMS = (
     "tests/library/test_people.py",
     "tests/library/test_private_networks.py",
     "tests/library/test_reassembly.py",
+    "tests/library/test_recovery.py",
     "tests/library/test_relay_client.py",
     "tests/library/test_runner.py",
     "tests/library/test_sctp_gate.py",
