@@ -4707,6 +4707,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
                  stun: bool = False, tls: ssl.SSLContext | None = None,
                  proxies: Networks = NO_NETWORKS, inherited: Sequence[socket.socket] = (),
                  on_tick: Callable[[], None] = _do_nothing, remote: bool = False) -> None:
+        # It fails for a name that nobody knows, and then nothing is open.
+        self.address_family = _family_of(server_address[0])
         self.relay = relay
         self.limits = relay.limits
         self.tls = tls
@@ -4736,10 +4738,13 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._selector.register(self._bell.reader, READ, self._hear)
         self._inherited = {opened.type: opened for opened in inherited}
         self._udp: socket.socket | None = None
-        self.address_family = _family_of(server_address[0])
         super().__init__(server_address, http.server.BaseHTTPRequestHandler)
         if udp or stun:
-            self._bind_udp()
+            try:
+                self._bind_udp()
+            except BaseException:
+                self.server_close()
+                raise
 
     # What http.server does otherwise
 

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import hashlib
 import json
+import string
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -47,13 +48,16 @@ from connectoid_relay import (
 START_US = 1_800_000_000_000_000
 # The source of requests in tests that are not about sources.
 SOURCE = "192.0.2.1"
+BASE64URL = set(string.ascii_letters + string.digits + "-_")
 OK: dict[str, Any] = {"ok": True}
 NOTHING: dict[str, Any] = {"ok": True, "found": False}
 SUITE = hpke.Suite(hpke.KEM.P384, hpke.KDF.HKDF_SHA384, hpke.AEAD.AES_256_GCM)
 
 
 def decode(text: str) -> bytes:
-    """Return what base64url without padding stands for."""
+    """Return what base64url without padding stands for; raise ValueError."""
+    if not set(text) <= BASE64URL:
+        raise ValueError("another alphabet")
     return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 

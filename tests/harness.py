@@ -440,11 +440,15 @@ def put_down_after(popen: subprocess.Popen[AnyStr]) -> Iterator[subprocess.Popen
         put_down(popen)
 
 
+# Python, for which warnings are errors: of a relay they would be the first words that a host sees.
+STRICT = [sys.executable, "-W", "error"]
+
+
 class Process:
     """A relay started from the command line, ready to serve."""
 
     def __init__(self, *flags: str, cwd: Path, **options: Any) -> None:
-        command = [sys.executable, str(ROOT / PROGRAM), "--port", "0", *flags]
+        command = [*STRICT, str(ROOT / PROGRAM), "--port", "0", *flags]
         self.popen = subprocess.Popen(
             command, cwd=cwd, stderr=subprocess.PIPE, text=True, **options
         )
@@ -488,7 +492,7 @@ def run_relay(*flags: str, cwd: Path, program: Path = ROOT / PROGRAM,
               **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the relay until it leaves by itself."""
     return subprocess.run(
-        [sys.executable, str(program), *flags],
+        [*STRICT, str(program), *flags],
         cwd=cwd,
         capture_output=True,
         text=True,

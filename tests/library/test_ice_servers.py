@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -67,8 +68,10 @@ def test_error_says_what_is_wrong_with_which_and_no_password(servers: object, wo
 
 
 def test_runner_looks_at_servers_when_it_is_made(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="ICE server 1: a TURN server needs a username"):
-        Connectoid(Store(tmp_path / "app.db"), [], ice_servers=["turn:turn.example.com"])
+    with contextlib.closing(Store(tmp_path / "app.db")) as store:
+        wrong = pytest.raises(UsageError, match="ICE server 1: a TURN server needs a username")
+        with wrong:
+            Connectoid(store, [], ice_servers=["turn:turn.example.com"])
 
 
 # Files and the environment ----------------------------------------------------------------

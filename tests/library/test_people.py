@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from apps import (
     http_reply,
     until,
 )
-from harness import DEADLINE_S, LONG_DEADLINE_S, ROOT, Process, put_down
+from harness import DEADLINE_S, LONG_DEADLINE_S, ROOT, STRICT, Process, put_down
 
 from connectoid_relay import Relay, SqliteStore
 
@@ -58,7 +57,7 @@ class Terminal:
             "CONNECTOID_RELAY": " ".join(relays),
         }
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", self.program, *argv, "--json"],
+            [*STRICT, "-c", self.program, *argv, "--json"],
             cwd=home,
             env=environment,
             stdin=subprocess.PIPE,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,11 +42,12 @@ class CountingStore(Store):
 
 
 @pytest.fixture
-def store() -> CountingStore:
+def store() -> Iterator[CountingStore]:
     """Return a store with one contact."""
     made = CountingStore(":memory:")
     assert made.add(make_record("Bob", NOWHERE)) == 1
-    return made
+    yield made
+    made.close()
 
 
 def test_every_reason_is_counted_told_and_written(store: CountingStore) -> None:
@@ -146,11 +149,10 @@ def test_damaged_counts_keep_no_store_from_being_opened(
     store.add(make_record("Bob", NOWHERE))
     store.save_refusals(1, {"sdp": 7})
     store.close()
-    with sqlite3.connect(path) as db:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
         (kept,) = db.execute("SELECT counts FROM refusals").fetchone()
         assert (b"sdp" in kept) is (passphrase is None)
         db.execute("UPDATE refusals SET counts = ?", (damage,))
-    db.close()
     store = Store(path, passphrase)
     assert store.load_refusals() == {}
     assert list(store.load()) == [1]
