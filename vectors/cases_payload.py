@@ -72,7 +72,7 @@ def base_payload(kind: str) -> Json:
     if kind in OF_BOB:
         return from_bob(kind)
     if kind == "renew":
-        proof = prove_renewal(NEW_ALICE, ALICE, NEW_ALICE, INVITATION)
+        proof = prove_renewal(NEW_ALICE, ALICE, NEW_ALICE, INVITATION, A1_AT)
         return from_alice(kind, next=NEW_ALICE.pub, proof=proof)
     return from_alice(kind)
 

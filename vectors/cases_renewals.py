@@ -37,14 +37,14 @@ OF_LINK = hash_of_link(INVITATION)
 
 def bob_renews(old: Key = BOB, new: Key = NEW_BOB, /, **changes: Any) -> str:
     """Return Bob's `renew`, changed."""
-    proof = prove_renewal(new, old, new, INVITATION)
+    proof = prove_renewal(new, old, new, INVITATION, changes.get("connectoid", B2_AT))
     members: Json = {"from": old.pub, "next": new.pub, "proof": proof, "connectoid": B2_AT}
     return bobs("renew", old, **members | changes)
 
 
 def alice_renews(**changes: Any) -> str:
     """Return Alice's `renew`, changed."""
-    proof = prove_renewal(NEW_ALICE, ALICE, NEW_ALICE, INVITATION)
+    proof = prove_renewal(NEW_ALICE, ALICE, NEW_ALICE, INVITATION, A2_AT)
     members: Json = {"next": NEW_ALICE.pub, "proof": proof, "connectoid": A2_AT}
     return alices("renew", **members | changes)
 
@@ -400,37 +400,45 @@ def refused_renewals() -> Iterator[Json]:
 
 def refused_proofs() -> Iterator[Json]:
     """Yield proofs of a new key that do not fit."""
-    good = prove_renewal(NEW_BOB, BOB, NEW_BOB, INVITATION)
+    for name, proof in (proofs_of_something_else() | proofs_of_another_form()).items():
+        text = bob_renews(proof=proof)
+        yield refused("proof", f"a renew with a proof {name}", "alice paired", Box(A1, text))
+
+
+def proofs_of_something_else() -> dict[str, str]:
+    """Return proofs by another key, or for other keys, another link or another address."""
     other_link = INVITATION[:-1] + chr(ord(INVITATION[-1]) ^ 1)
-    with_contact = RENEW + unb64(BOB.pub) + unb64(NEW_BOB.pub) + unb64(ALICE.pub)
-    for name, proof in {
-        "a renew with a proof by the old key": prove_renewal(BOB, BOB, NEW_BOB, INVITATION),
-        "a renew with a proof by Mallory": prove_renewal(MALLORY, BOB, NEW_BOB, INVITATION),
-        "a renew with a proof for another old key": prove_renewal(
-            NEW_BOB, MALLORY, NEW_BOB, INVITATION
+    return {
+        "by the old key": prove_renewal(BOB, BOB, NEW_BOB, INVITATION, B2_AT),
+        "by Mallory": prove_renewal(MALLORY, BOB, NEW_BOB, INVITATION, B2_AT),
+        "for another old key": prove_renewal(NEW_BOB, MALLORY, NEW_BOB, INVITATION, B2_AT),
+        "for another new key": prove_renewal(NEW_BOB, BOB, NEWEST_BOB, INVITATION, B2_AT),
+        "for another link": prove_renewal(NEW_BOB, BOB, NEW_BOB, other_link, B2_AT),
+        "for another address": prove_renewal(NEW_BOB, BOB, NEW_BOB, INVITATION, B1_AT),
+        "whose keys are swapped": prove_renewal(NEW_BOB, NEW_BOB, BOB, INVITATION, B2_AT),
+        "without its zero": prove_renewal(
+            NEW_BOB, BOB, NEW_BOB, INVITATION, B2_AT, info=b"connectoid/1 renew"
         ),
-        "a renew with a proof for another new key": prove_renewal(
-            NEW_BOB, BOB, NEWEST_BOB, INVITATION
+        "of another use": prove_renewal(
+            NEW_BOB, BOB, NEW_BOB, INVITATION, B2_AT, info=b"connectoid/1 message\0"
         ),
-        "a renew with a proof for another link": prove_renewal(NEW_BOB, BOB, NEW_BOB, other_link),
-        "a renew with a proof whose keys are swapped": prove_renewal(
-            NEW_BOB, NEW_BOB, BOB, INVITATION
+    }
+
+
+def proofs_of_another_form() -> dict[str, str]:
+    """Return proofs over other octets, and what is no signature."""
+    keys = RENEW + unb64(BOB.pub) + unb64(NEW_BOB.pub)
+    of_link, of_address = sha256(INVITATION.encode()), sha256(B2_AT.encode())
+    good = unb64(prove_renewal(NEW_BOB, BOB, NEW_BOB, INVITATION, B2_AT))
+    return {
+        "for no address": b64(sign(NEW_BOB, keys + of_link)),
+        "whose hashes are swapped": b64(sign(NEW_BOB, keys + of_address + of_link)),
+        "that has the contact's key, too": b64(
+            sign(NEW_BOB, keys + unb64(ALICE.pub) + of_link + of_address)
         ),
-        "a renew with a proof that has the contact's key, too": b64(
-            sign(NEW_BOB, with_contact + sha256(INVITATION.encode()))
-        ),
-        "a renew with a proof without its zero": prove_renewal(
-            NEW_BOB, BOB, NEW_BOB, INVITATION, info=b"connectoid/1 renew"
-        ),
-        "a renew with a proof of another use": prove_renewal(
-            NEW_BOB, BOB, NEW_BOB, INVITATION, info=b"connectoid/1 message\0"
-        ),
-        "a renew with a proof of zeros": b64(bytes(96)),
-        "a renew with a bit of the proof changed": b64(
-            bytes([unb64(good)[0] ^ 1]) + unb64(good)[1:]
-        ),
-    }.items():
-        yield refused("proof", name, "alice paired", Box(A1, bob_renews(proof=proof)))
+        "of zeros": b64(bytes(96)),
+        "with a bit changed": b64(bytes([good[0] ^ 1]) + good[1:]),
+    }
 
 
 def refused_new_keys() -> Iterator[Json]:

@@ -56,11 +56,12 @@ def hash_of_link(invitation: str) -> str:
 
 
 def prove_renewal(
-    signer: Key, old: Key, new: Key, invitation: str, *, info: bytes = RENEW
+    signer: Key, old: Key, new: Key, invitation: str, address: str, *, info: bytes = RENEW
 ) -> str:
-    """Return the proof that a new key takes the place of an old one."""
+    """Return the proof that a new key takes the place of an old one, at an address."""
     keys = unb64(old.pub) + unb64(new.pub)
-    return b64(sign(signer, info + keys + sha256(invitation.encode())))
+    hashes = sha256(invitation.encode()) + sha256(address.encode())
+    return b64(sign(signer, info + keys + hashes))
 
 
 def to_json(value: object) -> bytes:

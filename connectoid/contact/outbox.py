@@ -176,7 +176,7 @@ def say(machine: Machine, kind: str, re: str | None, **members: Any) -> str:
 
 def send_renew(machine: Machine) -> None:
     """Have the old key say which one follows it."""
-    proof = renewal.prove(machine)
+    proof = renewal.prove(machine, _announced(machine, "renew").address)
     say_by_old_key(machine, "renew", None, next=machine.record.signer, proof=proof)
 
 

@@ -10,6 +10,8 @@ PROTOCOL.md, "Renewal".
 
 from __future__ import annotations
 
+import hashlib
+
 from connectoid.contact import rotation
 from connectoid.contact.machine import Machine, Received
 from connectoid.contact.record import OwnAddress
@@ -46,21 +48,25 @@ def begin(machine: Machine) -> None:
     )
 
 
-def prove(machine: Machine) -> str:
-    """Return the proof by the new key that its owner takes the place of the old one."""
+def prove(machine: Machine, address: str) -> str:
+    """Return the proof by the new key that its owner follows the old one, at an address."""
     record = machine.record
-    octets = proven_octets(record.old_signer, record.signer, record.link_hash)
+    octets = proven_octets(record.old_signer, record.signer, record.link_hash, address)
     return encode_base64url(machine.suite.sign(record.private_key, octets))
 
 
 def check(machine: Machine, message: Message) -> None:
-    """Raise Refused (proof) unless the new key has signed for the old one and for the link."""
+    """Raise Refused (proof) unless the new key has signed for the old one, link and address.
+
+    Who has a copy of the device could join a proof of the owner's with an address of his own.
+    """
     payload = message.payload
-    octets = proven_octets(payload["from"], payload["next"], machine.record.link_hash)
+    octets = proven_octets(
+        payload["from"], payload["next"], machine.record.link_hash, payload["connectoid"])
     try:
         machine.suite.verify(payload["next"], decode_base64url(payload["proof"]), octets)
     except Refused:
-        raise Refused("proof", "the new key has not signed for the old one and this link") from None
+        raise Refused("proof", "the new key has not signed for all of this") from None
 
 
 def is_known(machine: Machine, signer: str) -> bool:
@@ -116,10 +122,11 @@ def complete(machine: Machine, own: OwnAddress) -> None:
             machine.tell("renewed")
 
 
-def proven_octets(old: str, new: str, link_hash: str) -> bytes:
+def proven_octets(old: str, new: str, link_hash: str, address: str) -> bytes:
     """Return what the new key signs. Each part has one length, so there is one way to read them.
 
     The key of the other side is not among them: each may renew without knowing of the other's.
     """
     keys = decode_base64url(old) + decode_base64url(new)
-    return CONTEXTS["renew"] + b"\0" + keys + decode_base64url(link_hash)
+    hashes = decode_base64url(link_hash) + hashlib.sha256(address.encode()).digest()
+    return CONTEXTS["renew"] + b"\0" + keys + hashes

@@ -222,7 +222,7 @@ async function say(machine, type, re, members) {
  * @param {Machine} machine
  */
 async function sendRenew(machine) {
-  const proof = await renewal.prove(machine);
+  const proof = await renewal.prove(machine, announcedAddress(machine, "renew"));
   await sayByOldKey(machine, "renew", null, { next: machine.record.signer, proof });
 }
 

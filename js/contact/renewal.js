@@ -9,9 +9,9 @@
  * @module
  */
 
-import { concat, decodeBase64url, encodeBase64url } from "../encoding.js";
+import { concat, decodeBase64url, encodeBase64url, toUtf8 } from "../encoding.js";
 import { Refused, UsageError } from "../errors.js";
-import { CONTEXTS } from "../suite.js";
+import { CONTEXTS, sha256 } from "../suite.js";
 import { RENEWAL_VERSION } from "../versions.js";
 import { NO_OLD_KEY } from "./record.js";
 import { leaveInvitation, rotate } from "./rotation.js";
@@ -50,27 +50,31 @@ export async function begin(machine) {
 }
 
 /**
- * Return the proof by the new key that its owner takes the place of the old one.
+ * Return the proof by the new key that its owner follows the old one, at an address.
  * @param {Machine} machine
+ * @param {string} address
  */
-export async function prove({ suite, record }) {
+export async function prove({ suite, record }, address) {
   const { oldSigner, signer, linkHash, privateKey } = record;
-  const octets = provenOctets(oldSigner, signer, linkHash);
+  const octets = await provenOctets(oldSigner, signer, linkHash, address);
   return encodeBase64url(await suite.sign(privateKey, octets));
 }
 
 /**
- * Throw Refused (proof) unless the new key has signed for the old one and for the link.
+ * Throw Refused (proof) unless the new key has signed for the old one, link and address.
+ *
+ * Who has a copy of the device could join a proof of the owner's with an address of his own.
  * @param {Machine} machine
  * @param {Message} message
  */
 export async function check({ suite, record }, { payload }) {
-  const octets = provenOctets(payload.from, payload.next, record.linkHash);
+  const { from, next, connectoid } = payload;
+  const octets = await provenOctets(from, next, record.linkHash, connectoid);
   try {
-    await suite.verify(payload.next, decodeBase64url(payload.proof), octets);
+    await suite.verify(next, decodeBase64url(payload.proof), octets);
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    throw new Refused("proof", "the new key has not signed for the old one and this link");
+    throw new Refused("proof", "the new key has not signed for all of this");
   }
 }
 
@@ -142,8 +146,12 @@ export function complete(machine, own) {
  * Return what the new key signs. Each part has one length, so there is one way to read them.
  *
  * The key of the other side is not among them: each may renew without knowing of the other's.
- * @param {string[]} parts the old key, the new one, and the hash of the invitation
+ * @param {string} oldKey
+ * @param {string} newKey
+ * @param {string} linkHash
+ * @param {string} address
  */
-function provenOctets(...parts) {
-  return concat(CONTEXTS.renew, Uint8Array.of(0), ...parts.map(decodeBase64url));
+export async function provenOctets(oldKey, newKey, linkHash, address) {
+  const parts = [oldKey, newKey, linkHash].map(decodeBase64url);
+  return concat(CONTEXTS.renew, Uint8Array.of(0), ...parts, await sha256(toUtf8(address)));
 }

@@ -5,11 +5,11 @@ import { test } from "node:test";
 
 import { Contact, UsageError, checkRecord } from "../connectoid.js";
 import { addressesOf } from "../contact/record.js";
-import { concat, decodeBase64url, encodeBase64url } from "../encoding.js";
+import { provenOctets } from "../contact/renewal.js";
+import { encodeBase64url } from "../encoding.js";
 import { ROUTINE } from "../errors.js";
 import { AGAIN_IDLE_S, MAX_SEQ_AHEAD_US, TELL_EVERY_S } from "../limits.js";
-import { sealMessage, signJws } from "../messages.js";
-import { CONTEXTS } from "../suite.js";
+import { openMessage, readJws, sealMessage, signJws } from "../messages.js";
 import { SUITE, Wire, makeSdp, pair } from "./harness.mjs";
 
 /** Let two pair, and leave the connection. */
@@ -59,8 +59,9 @@ async function put(wire, contact, text) {
 async function putRenewal(wire, contact, thief, seq) {
   const { pending, current } = contact.record;
   const [key, next] = await SUITE.makeKey("ECDSA");
-  const parts = [thief.record.signer, next, thief.record.linkHash].map(decodeBase64url);
-  const octets = concat(CONTEXTS.renew, Uint8Array.of(0), ...parts);
+  const { signer, linkHash } = thief.record;
+  const own = thief.record.pending ?? thief.record.current;
+  const octets = await provenOctets(signer, next, linkHash, own.address);
   const proof = encodeBase64url(await SUITE.sign(key, octets));
   const { address } = pending ?? current;
   await put(wire, contact, await signedBy(thief, "renew", address, { seq, next, proof }));
@@ -219,6 +220,28 @@ for (const name of ["Alice", "Bob"]) {
       assert.equal(again.record.keyNews, "renewed");
     });
   }
+
+  test(`a thief cannot join a proof of ${name}'s with an address of his own`, async () => {
+    const { wire, owner, other, otherName } = sides(await apart(), name);
+    const thief = copied(owner);
+    const [renewal] = (await owner.renew(wire.now)).filter((effect) => effect.do === "send");
+    const { pending, current } = other.record;
+    const own = pending ?? current;
+    const read = await readJws(await openMessage(SUITE, own.keys[0], renewal.data));
+    assert.equal(read.type, "renew");
+    const { to, next, proof } = read.payload;
+    // Any address but the one that the owner has proven: here his former one.
+    const connectoid = thief.record.current.address;
+    const members = { seq: wire.now.wallUs, next, proof, connectoid };
+    await put(wire, other, await signedBy(thief, "renew", to, members));
+    await wire.poll(otherName);
+    assert.deepEqual(other.dropped, { proof: 1 });
+    assert.equal(other.record.contact, thief.record.signer);
+    wire.nowS += AGAIN_IDLE_S;
+    await wire.do(name, owner.tick(wire.now));
+    await wire.rounds(4);
+    assertAgreed(owner, other);
+  });
 
   for (const renews of [true, false]) {
     const when = renews ? "while she renews" : "of the same key";

@@ -228,12 +228,12 @@ class Script:
             "connectoid": self._draw_address(name),
             "r": record.r,
             "next": following,
-            "proof": encode_base64url(self._suite.sign(
-                following, proven_octets(signer, following, alice.link_hash))),
             "nonce": encode_base64url(self._stage.place.suite.random(16)),
             "sdpOffer": self._draw_sdp("offer"),
             "sdpAnswer": self._draw_sdp("answer"),
         }
+        octets = proven_octets(signer, following, alice.link_hash, payload["connectoid"])
+        payload["proof"] = encode_base64url(self._suite.sign(following, octets))
         if kind == "renew":
             self._stage.renewals += 1
             self._renewed[name] = following

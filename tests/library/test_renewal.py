@@ -690,7 +690,8 @@ def renew_by(app: App, **changes: Any) -> str:
     """Return a `renew` that a contact's own key signs, whatever it says."""
     next_key, next_signer = app.world.suite.make_key()
     record = app.record
-    octets = renewal.proven_octets(record.signer, next_signer, record.link_hash)
+    octets = renewal.proven_octets(
+        record.signer, next_signer, record.link_hash, newest(app).address)
     proof = encode_base64url(app.world.suite.sign(next_key, octets).ljust(96, b"\0"))
     return signed_by(app, "renew", next=next_signer, proof=proof, **changes)
 
@@ -703,7 +704,7 @@ def test_contact_cannot_claim_a_key_whose_owner_has_not_signed_for_it() -> None:
     # Carol's new key has signed for her own contact, and for nobody else.
     renew(stranger)
     claimed = stranger.record.signer
-    proof = renewal.prove(stranger.contact.machine)
+    proof = renewal.prove(stranger.contact.machine, newest(bob).address)
     text = signed_by(bob, "renew", next=claimed, proof=proof)
     alice.hear(text)
     assert dict(alice.contact.dropped) == {"proof": 1}
@@ -712,6 +713,29 @@ def test_contact_cannot_claim_a_key_whose_owner_has_not_signed_for_it() -> None:
     assert alice.contact.dropped["proof"] == 2
     assert alice.record.contact == bob.record.signer
     assert carol.record.contact != claimed
+
+
+@pytest.mark.parametrize("who", NAMES)
+def test_thief_cannot_join_the_proof_of_the_owner_with_an_address_of_his_own(
+    toy: World, who: str
+) -> None:
+    owner, other = sides(toy, who)
+    thief = owner.restarted()
+    put_before = toy.put_so_far
+    renew(owner)
+    # Whoever has a copy of the contact's device, too, can read what the owner has proven.
+    renewal_of_owner = next(
+        message for message in read_by(other, put_before) if message.type == "renew")
+    members = {name: renewal_of_owner.payload[name] for name in ("to", "next", "proof")}
+    toy.drop(newest(other).address)
+    other.hear(signed_by(thief, "renew", connectoid=Attacker(toy).address, **members))
+    assert dict(other.contact.dropped) == {"proof": 1}
+    assert other.record.contact == thief.record.signer
+    toy.advance(limits.AGAIN_IDLE_S)
+    owner.tick()
+    settle(owner, other)
+    assert is_agreed(owner, other)
+    assert current_of(owner).address == other.record.contact_address
 
 
 def test_one_who_renews_without_end_gets_one_reply_for_each_key(toy: World) -> None:
