@@ -170,6 +170,10 @@ BURST_PER_S = 4.0
 # who changes relays nine times in vain is better served by a new link.
 MAX_REPLACED = 8
 
+# Former addresses with which a user may still change relays or renew. They are polled for 30 days,
+# as the owner of a copied device may know no newer one. Nobody changes relays nine times a month.
+MAX_FORMER = 8
+
 # Messages in the mailbox of a link that nobody has opened yet: a flood. One source cannot send half
 # as many, and an opener sends few.
 FLOODED_MESSAGES = 64

@@ -145,6 +145,9 @@ export const ROTATION_US = 30 * DAY_US;
 // Each is polled, as the contact may know no newer one: 24 of the 256 checks in a batch at most. A
 // user who changes relays nine times in vain is better served by a new link.
 export const MAX_REPLACED = 8;
+// Former addresses with which a user may still change relays or renew. They are polled for 30 days,
+// as the owner of a copied device may know no newer one. Nobody changes relays nine times a month.
+export const MAX_FORMER = 8;
 // In the mailbox of a link that nobody has opened yet: a flood. One source cannot send half as
 // many, and an opener sends few.
 export const FLOODED_MESSAGES = 64;

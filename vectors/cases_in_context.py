@@ -69,6 +69,9 @@ LATE = START + 5_000_000
 # Of the wall clock, when the messages are found.
 NOW = START + 60_000_000
 
+# Of ROTATE-3, in microseconds.
+MONTH = 30 * 86_400_000_000
+
 DAY = 86_400_000_000
 
 # 2026-11-23: a clock that shows less is not set.
@@ -91,12 +94,14 @@ def context(
     addresses: dict[str, str],
     *,
     replaced: Sequence[str] = (),
+    former: Sequence[str] = (),
     **members: Any,
 ) -> Json:
     """Return the knowledge of one side."""
     owns: Json = {name: own(address) for name, address in addresses.items()}
-    if replaced:
-        owns["replaced"] = [own(address) for address in replaced]
+    for name, several in (("replaced", replaced), ("former", former)):
+        if several:
+            owns[name] = [own(address) for address in several]
     signers = {"inviter": ALICE, "opener": BOB}
     signer = signers[role]
     none = {
@@ -115,6 +120,7 @@ def context(
         "key_news": "",
         "seq": START + 2_000_000,
         "seen_seq": 0,
+        "left_us": 0,
     }
     return {
         "role": role,
@@ -167,14 +173,32 @@ def contexts_of_alice_paired() -> dict[str, Json]:
         "alice paired, moving": context(
             "inviter",
             "paired",
-            {"invited": A0_AT, "pending": A2_AT, "current": A1_AT, "former": AF_AT},
+            {"invited": A0_AT, "pending": A2_AT, "current": A1_AT},
+            former=(AF_AT,),
+            **there,
+        ),
+        "alice paired, moving again soon": context(
+            "inviter",
+            "paired",
+            {"invited": A0_AT, "pending": A2_AT, "current": A1_AT},
+            former=(AF_AT,),
+            left_us=NOW - MONTH + 1,
+            **there,
+        ),
+        "alice paired, moving again after a month": context(
+            "inviter",
+            "paired",
+            {"invited": A0_AT, "pending": A2_AT, "current": A1_AT},
+            former=(AF_AT,),
+            left_us=NOW - MONTH,
             **there,
         ),
         "alice paired, moved three times": context(
             "inviter",
             "paired",
-            {"invited": A0_AT, "pending": A4_AT, "current": A1_AT, "former": AF_AT},
+            {"invited": A0_AT, "pending": A4_AT, "current": A1_AT},
             replaced=(A2_AT, A3_AT),
+            former=(AF_AT,),
             **there,
         ),
         "alice paired, seq poisoned": context(
@@ -218,7 +242,8 @@ def contexts_of_bob() -> dict[str, Json]:
         "bob paired, moving": context(
             "opener",
             "paired",
-            {"pending": B2_AT, "current": B1_AT, "former": BF_AT},
+            {"pending": B2_AT, "current": B1_AT},
+            former=(BF_AT,),
             **known,
             seen_seq=SOON,
         ),
@@ -476,7 +501,7 @@ def accepted_by_alice() -> Iterator[Json]:
         sent=[reply(B1, "call", B1_AT, hash_of(ready))],
         current=A1_AT,
         pending=None,
-        former=None,
+        former=[],
     )
     left = bobs("unshare", to=A0_AT)
     yield accepted(
@@ -548,10 +573,20 @@ def accepted_addresses() -> Iterator[Json]:
         Box(A2, pending),
         current=A2_AT,
         pending=None,
-        former=A1_AT,
+        former=[A1_AT],
         seen_seq=LATE,
         sent=[reply(B1, "call", B1_AT, hash_of(pending))],
     )
+    for when, stay in (("soon", [AF_AT]), ("after a month", [])):
+        yield accepted(
+            f"a message at the pending address, moving again {when}",
+            f"alice paired, moving again {when}",
+            Box(A2, pending),
+            current=A2_AT,
+            pending=None,
+            former=[*stay, A1_AT],
+            sent=[reply(B1, "call", B1_AT, hash_of(pending))],
+        )
     former = bobs("offer", to=AF_AT)
     yield accepted(
         "a message at the former address",
@@ -559,7 +594,7 @@ def accepted_addresses() -> Iterator[Json]:
         Box(AF, former),
         current=A1_AT,
         pending=A2_AT,
-        former=AF_AT,
+        former=[AF_AT],
         seen_seq=LATE,
         sent=[reply(B1, "call", B1_AT, hash_of(former))],
     )
@@ -568,12 +603,13 @@ def accepted_addresses() -> Iterator[Json]:
 
 def accepted_at_replaced() -> Iterator[Json]:
     """Yield messages that count while two of Alice's addresses are replaced."""
-    cases: tuple[tuple[str, Key, str, str | None, list[str]], ...] = (
-        ("a message at the address that was replaced first", A2, A2_AT, A4_AT, [A3_AT]),
-        ("a message at the address that was replaced last", A3, A3_AT, A4_AT, []),
-        ("a message at the pending address, where others are replaced", A4, A4_AT, None, []),
+    cases: tuple[tuple[str, Key, str, str | None, list[str], list[str]], ...] = (
+        ("a message at the address that was replaced first", A2, A2_AT, A4_AT, [A3_AT], []),
+        ("a message at the address that was replaced last", A3, A3_AT, A4_AT, [], [A2_AT]),
+        ("a message at the pending address, where others are replaced", A4, A4_AT, None, [],
+         [A2_AT, A3_AT]),
     )
-    for name, box, address, pending, replaced in cases:
+    for name, box, address, pending, replaced, older in cases:
         offer = bobs("offer", to=address)
         yield accepted(
             name,
@@ -582,7 +618,7 @@ def accepted_at_replaced() -> Iterator[Json]:
             current=address,
             pending=pending,
             replaced=replaced,
-            former=A1_AT,
+            former=[A1_AT, *older],
             seen_seq=LATE,
             sent=[reply(B1, "call", B1_AT, hash_of(offer), connectoid=A4_AT)],
         )
@@ -594,7 +630,7 @@ def accepted_at_replaced() -> Iterator[Json]:
         current=A1_AT,
         pending=A4_AT,
         replaced=[A2_AT, A3_AT],
-        former=AF_AT,
+        former=[AF_AT],
         seen_seq=LATE,
     )
 
@@ -750,7 +786,7 @@ def accepted_moves() -> Iterator[Json]:
         Box(A2, answer),
         current=A2_AT,
         pending=None,
-        former=A1_AT,
+        former=[A1_AT],
         seen_seq=LATE,
     )
     early = bobs("offer", seq=LATE - 1)
@@ -795,7 +831,7 @@ def accepted_from_alice() -> Iterator[Json]:
         "bob paired",
         Box(B1, alices("call", to=B1_AT)),
         current=B1_AT,
-        former=B0_AT,
+        former=[B0_AT],
         pending=None,
     )
     yield accepted(

@@ -351,7 +351,7 @@ def accepted_while_renewing() -> Iterator[Json]:
         old_from="",
         current=A2_AT,
         pending=None,
-        former=A1_AT,
+        former=[A1_AT],
     )
     text = bob_renews()
     hers = reply(B2, "renew", B2_AT, None, next=NEW_ALICE.pub, connectoid=A2_AT)

@@ -248,6 +248,7 @@ BY_NAME: Mapping[str, Mapping[str, str]] = {
         "a message at the former address": "ROTATE-3",
         "a message at the address that was replaced *": "ROTATE-2 ROTATE-4",
         "a message at the pending address, where *": "ROTATE-2",
+        "a message at the pending address, moving *": "ROTATE-3",
         "a message at the current address, where *": "ROTATE-4",
         "seq larger by one": "READ-23 READ-30",
         "seq a day ahead of the clock": "READ-30 READ-31",

@@ -23,8 +23,9 @@ RECORD_VERSION = 1
 # What the user has to hear of the contact's key: nothing, that it is a new one, or that two devices
 # have named one each.
 KEY_NEWS = ("", "renewed", "copied")
-_ADDRESSES = ("invited", "current", "pending", "former")
-# What older records lack. They have `relays_named` in place of `named_relays`.
+_ADDRESSES = ("invited", "current", "pending")
+# What older records lack. They have `relays_named` in place of `named_relays`, and one address or
+# none as `former`.
 _LATER: Mapping[str, Any] = {"replaced": (), "named_relays": (), "relays_named": False}
 
 
@@ -82,9 +83,11 @@ class ContactRecord:
     pending: OwnAddress | None = None
     # Announced and replaced, the oldest first. The contact may know no newer address.
     replaced: tuple[OwnAddress, ...] = ()
-    # Polled until the next rotation is complete.
-    former: OwnAddress | None = None
-    # The time when the newest address was made.
+    # Left for a newer one, the oldest first. Polled until another comes into use, 30 days later.
+    former: tuple[OwnAddress, ...] = ()
+    # The time when the newest of them was left.
+    left_us: int = 0
+    # The time when the newest address was made, or when the current one came into use, if later.
     rotated_us: int = 0
     # The other's signing key.
     contact: str = ""
@@ -131,7 +134,7 @@ class ContactRecord:
     @property
     def addresses(self) -> list[OwnAddress]:
         """Return the addresses that are polled."""
-        owns = (self.invited, self.pending, *self.replaced, self.current, self.former)
+        owns = (self.invited, self.pending, *self.replaced, self.current, *self.former)
         return [own for own in owns if own is not None]
 
     @property
@@ -205,7 +208,10 @@ def _members_from_json(members: dict[str, Any]) -> dict[str, Any]:
         own = members[name]
         if own is not None:
             members[name] = _address_from_json(own)
-    members["replaced"] = tuple(_address_from_json(own) for own in members["replaced"])
+    if not isinstance(members["former"], list):
+        members["former"] = [own for own in (members["former"],) if own is not None]
+    for name in ("replaced", "former"):
+        members[name] = tuple(_address_from_json(own) for own in members[name])
     return members
 
 

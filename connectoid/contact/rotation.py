@@ -9,7 +9,7 @@ from connectoid.contact.effects import Now
 from connectoid.contact.machine import Machine
 from connectoid.contact.record import OwnAddress, Relays, urls_of
 from connectoid.errors import Refused, UsageError
-from connectoid.limits import DAY_US, MAX_REPLACED, NEVER_US, ROTATION_US
+from connectoid.limits import DAY_US, MAX_FORMER, MAX_REPLACED, NEVER_US, ROTATION_US
 from connectoid.links import Mailbox, format_address
 from connectoid.suite import Suite, check_address
 
@@ -36,7 +36,8 @@ def rotate(machine: Machine, relays: Relays | None = None) -> None:
     """Make a pending address, at the given relays or the old ones.
 
     One that was pending before stays polled, as the contact may know no newer one. Raise UsageError
-    for bad relays, or if MAX_REPLACED addresses wait for the contact already.
+    for bad relays, or if MAX_REPLACED addresses wait for the contact already, or more than
+    MAX_FORMER were left too lately to go.
     """
     record = machine.record
     if relays is None:
@@ -48,6 +49,11 @@ def rotate(machine: Machine, relays: Relays | None = None) -> None:
         raise UsageError(
             "This contact has not answered your last changes. Wait until you have been "
             "connected, or share again."
+        )
+    if len(_left_lately(machine)) > MAX_FORMER:
+        raise UsageError(
+            "The addresses of this contact have changed too often lately. Wait for a month, or "
+            "share again."
         )
     pending = make_address(machine.suite, relays, allow_http=machine.allow_http)
     machine.keep(
@@ -105,14 +111,37 @@ def is_old(machine: Machine) -> bool:
 def take_into_use(machine: Machine, own: OwnAddress) -> None:
     """Make an address current if it is newer than that one: the contact has written to it.
 
-    The contact will not write to one that is older than this, so those go.
+    Those that are older become former ones. A copy of the contact's device may have written here,
+    and its owner may know any of those. So they stay until the next address comes into use, and
+    for 30 days at least.
     """
     record = machine.record
-    if own == record.pending:
-        machine.keep(current=own, pending=None, replaced=(), former=record.current)
-    elif own in record.replaced:
-        newer = record.replaced[record.replaced.index(own) + 1 :]
-        machine.keep(current=own, replaced=newer, former=record.current)
+    waiting = record.replaced
+    if record.pending is not None:
+        waiting = (*waiting, record.pending)
+    if own not in waiting:
+        return
+    place = waiting.index(own)
+    newer = waiting[place + 1 :]
+    left = waiting[:place]
+    if record.current is not None:
+        left = (record.current, *left)
+    machine.keep(
+        current=own,
+        pending=record.pending if newer else None,
+        replaced=newer[:-1],
+        former=(*_left_lately(machine), *left),
+        left_us=machine.now.wall_us,
+        rotated_us=machine.now.wall_us,
+    )
+
+
+def _left_lately(machine: Machine) -> tuple[OwnAddress, ...]:
+    """Return the former addresses that have to stay: the last of them was left lately."""
+    age_us = machine.now.wall_us - machine.record.left_us
+    if not 0 <= age_us < ROTATION_US:
+        return ()
+    return machine.record.former
 
 
 def leave_invitation(machine: Machine) -> None:

@@ -39,7 +39,8 @@ import { NUMBERED_FOR, PAIRING_STATES } from "./rules.js";
  * @property {OwnAddress | null} current
  * @property {OwnAddress | null} pending was announced, and nothing came there yet
  * @property {OwnAddress[]} replaced were announced, the oldest first; the other may know no newer
- * @property {OwnAddress | null} former
+ * @property {OwnAddress[]} former left for a newer one, the oldest first
+ * @property {number} leftUs when the newest of them was left
  * @property {number} rotatedUs
  * @property {string} contact the other's signing key
  * @property {string} contactAddress
@@ -91,7 +92,8 @@ export const BLANK = {
   current: null,
   pending: null,
   replaced: [],
-  former: null,
+  former: [],
+  leftUs: 0,
   rotatedUs: 0,
   contact: "",
   contactAddress: "",
@@ -130,7 +132,7 @@ export function compared(record, same) {
  * @param {ContactRecord} record
  */
 export function addressesOf({ invited, pending, replaced, current, former }) {
-  return [invited, pending, ...replaced, current, former].filter((own) => own !== null);
+  return [invited, pending, ...replaced, current, ...former].filter((own) => own !== null);
 }
 
 /**
@@ -170,7 +172,8 @@ export function checkRecord(kept) {
 }
 
 /**
- * Return a record with what older ones lack. They have `relaysNamed` in place of `namedRelays`.
+ * Return a record with what older ones lack. They have `relaysNamed` in place of `namedRelays`, and
+ * one address or none as `former`.
  * @param {any} kept
  */
 function withLater(kept) {
@@ -179,7 +182,9 @@ function withLater(kept) {
   const namedRelays = relaysNamed === true ? urlsOf(others.relays) : [];
   return {
     differs: false, protocol: 1, app: "", replaced: [], namedRelays, ...NO_OLD_KEY,
-    formerContact: "", keyNews: "", ...others,
+    formerContact: "", keyNews: "", leftUs: 0,
+    ...others,
+    former: [others.former].flat().filter((own) => own !== null),
   };
 }
 

@@ -8,7 +8,7 @@
 
 import { checkText } from "../encoding.js";
 import { UsageError } from "../errors.js";
-import { DAY_US, MAX_REPLACED, NEVER_US, ROTATION_US } from "../limits.js";
+import { DAY_US, MAX_FORMER, MAX_REPLACED, NEVER_US, ROTATION_US } from "../limits.js";
 import { formatAddress } from "../links.js";
 import { checkAddress } from "../suite.js";
 import { addressesOf, mailboxesOf, urlsOf } from "./record.js";
@@ -56,7 +56,8 @@ export function longestAddress({ record }) {
  * Make a pending address, at other relays if they are given.
  *
  * One that was pending before stays polled, as the contact may know no newer one. Throw UsageError
- * for bad relays, or if MAX_REPLACED addresses wait for the contact already.
+ * for bad relays, or if MAX_REPLACED addresses wait for the contact already, or more than
+ * MAX_FORMER were left too lately to go.
  * @param {Machine} machine
  * @param {Relay[]} [relays]
  */
@@ -68,6 +69,12 @@ export async function rotate(machine, relays = machine.record.relays) {
     throw new UsageError(
       "This contact has not answered your last changes. "
       + "Wait until you have been connected, or share again.",
+    );
+  }
+  if (leftLately(machine).length > MAX_FORMER) {
+    throw new UsageError(
+      "The addresses of this contact have changed too often lately. "
+      + "Wait for a month, or share again.",
     );
   }
   const pending = await makeAddress(machine.suite, relays, machine.allowed);
@@ -121,18 +128,37 @@ function isOld(machine) {
 /**
  * Make an address current if it is newer than that one: the contact has written to it.
  *
- * The contact will not write to one that is older than this, so those go.
+ * Those that are older become former ones. A copy of the contact's device may have written here,
+ * and its owner may know any of those. So they stay until the next address comes into use, and for
+ * 30 days at least.
  * @param {Machine} machine
  * @param {OwnAddress} own
  */
 export function takeIntoUse(machine, own) {
   const { pending, replaced, current } = machine.record;
-  const place = replaced.findIndex(({ address }) => address === own.address);
-  if (own.address === pending?.address) {
-    machine.keep({ current: own, pending: null, replaced: [], former: current });
-  } else if (place >= 0) {
-    machine.keep({ current: own, replaced: replaced.slice(place + 1), former: current });
-  }
+  const waiting = [...replaced, pending].filter((one) => one !== null);
+  const place = waiting.findIndex(({ address }) => address === own.address);
+  if (place < 0) return;
+  const newer = waiting.slice(place + 1);
+  const left = [current, ...waiting.slice(0, place)].filter((one) => one !== null);
+  const { wallUs } = machine.now;
+  machine.keep({
+    current: own,
+    pending: newer.length ? pending : null,
+    replaced: newer.slice(0, -1),
+    former: [...leftLately(machine), ...left],
+    leftUs: wallUs,
+    rotatedUs: wallUs,
+  });
+}
+
+/**
+ * Return the former addresses that have to stay: the last of them was left lately.
+ * @param {Machine} machine
+ */
+function leftLately({ now, record }) {
+  const ageUs = now.wallUs - record.leftUs;
+  return ageUs >= 0 && ageUs < ROTATION_US ? record.former : [];
 }
 
 /**

@@ -10,7 +10,7 @@ import { encodeBase64url } from "../encoding.js";
 import { ROUTINE } from "../errors.js";
 import { AGAIN_IDLE_S, MAX_SEQ_AHEAD_US, TELL_EVERY_S } from "../limits.js";
 import { openMessage, readJws, sealMessage, signJws } from "../messages.js";
-import { SUITE, Wire, makeSdp, pair } from "./harness.mjs";
+import { RELAYS, SUITE, Wire, makeSdp, pair } from "./harness.mjs";
 
 /** Let two pair, and leave the connection. */
 async function apart() {
@@ -241,6 +241,23 @@ for (const name of ["Alice", "Bob"]) {
     await wire.do(name, owner.tick(wire.now));
     await wire.rounds(4);
     assertAgreed(owner, other);
+  });
+
+  test(`a copy of ${name}'s device that answers each move does not keep her out`, async () => {
+    const { wire, owner, other, otherName } = sides(await apart(), name);
+    const thief = copied(owner);
+    for (let count = 0; count < 6; count += 1) {
+      await wire.do(otherName, other.move(wire.now, RELAYS));
+      const { address } = other.record.pending;
+      const members = { seq: other.record.seenSeq + 1, re: encodeBase64url(new Uint8Array(32)) };
+      await put(wire, other, await signedBy(thief, "moved", address, members));
+      await wire.poll(otherName);
+      assert.equal(other.record.current.address, address);
+    }
+    wire.contacts[name] = owner;
+    await wire.do(name, owner.unshare(wire.now));
+    await wire.poll(otherName);
+    assert.equal(other.record.why, "unshared");
   });
 
   for (const renews of [true, false]) {

@@ -430,10 +430,11 @@ async function own(known) {
 
 /** Return the record of what a context knows. */
 async function keep(known, rotatedUs) {
-  const [invited, current, pending, former] = await Promise.all(
-    ["invited", "current", "pending", "former"].map((name) => own(known.addresses[name])),
+  const [invited, current, pending] = await Promise.all(
+    ["invited", "current", "pending"].map((name) => own(known.addresses[name])),
   );
-  const replaced = await Promise.all((known.addresses.replaced ?? []).map((one) => own(one)));
+  const [replaced, former] = await Promise.all(["replaced", "former"].map((name) => (
+    Promise.all((known.addresses[name] ?? []).map(own)))));
   const relays =
     known.state === "unshared"
       ? []
@@ -461,6 +462,7 @@ async function keep(known, rotatedUs) {
     pending,
     replaced,
     former,
+    leftUs: known.left_us,
     rotatedUs,
     contact: known.contact,
     formerContact: known.former_contact,
@@ -496,7 +498,7 @@ function after(record) {
     current: record.current?.address ?? null,
     pending: record.pending?.address ?? null,
     replaced: record.replaced.map(({ address }) => address),
-    former: record.former?.address ?? null,
+    former: record.former.map(({ address }) => address),
   };
 }
 

@@ -383,5 +383,5 @@ def test_address_is_current_after_the_contact_has_written_there_and_the_last_but
     assert (desk.alice.record.current, desk.alice.record.pending, desk.alice.record.former) == (
         pending,
         None,
-        first,
+        (first,),
     )

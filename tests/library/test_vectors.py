@@ -387,15 +387,19 @@ SAME = (
     "app",
     "link_hash",
     "key_news",
+    "left_us",
 )
 
 
 def keep(known: Any, now_us: int) -> ContactRecord:
     """Return the record of a context. No address is due for rotation."""
-    invited, current, pending, former = (
-        own(known["addresses"].get(name)) for name in ("invited", "current", "pending", "former")
+    invited, current, pending = (
+        own(known["addresses"].get(name)) for name in ("invited", "current", "pending")
     )
-    replaced = filter(None, map(own, known["addresses"].get("replaced", ())))
+    replaced, former = (
+        tuple(filter(None, map(own, known["addresses"].get(name, ()))))
+        for name in ("replaced", "former")
+    )
     here = current or invited
     assert here
     relays = (
@@ -414,7 +418,7 @@ def keep(known: Any, now_us: int) -> ContactRecord:
         invited=invited,
         current=current,
         pending=pending,
-        replaced=tuple(replaced),
+        replaced=replaced,
         former=former,
         **{name: known[name] for name in SAME},
     )
@@ -436,7 +440,6 @@ def after(record: ContactRecord) -> dict[str, Any]:
         for name, place in (
             ("current", record.current),
             ("pending", record.pending),
-            ("former", record.former),
         )
     }
     return {
@@ -452,6 +455,7 @@ def after(record: ContactRecord) -> dict[str, Any]:
         "hello_hash": record.hello_hash,
         "numbers": list(record.comparison),
         "replaced": [place.address for place in record.replaced],
+        "former": [place.address for place in record.former],
         **addresses,
     }
 
