@@ -141,6 +141,9 @@ SOURCE_KEY_BYTES = 32
 # One source holds at most 1/8 of a box, the /56 around it 1/4, the /48 1/2: it takes a crowd to
 # fill it.
 SOURCE_SHARE = 8
+# One source may spend 1/8 of what a key has that travels in links, the /56 around it 1/4, the /48
+# 1/2: who reads one link must not spend what all contacts of its owner need.
+SEND_KEY_SHARE = 8
 # A small message costs this much in rows and indexes all the same.
 MIN_COUNTED_BYTES = 512
 # An IPv6 customer has a /64, a /56 or a /48 (RFC 6177): up to 65,536 sources. So what bounds a
@@ -282,13 +285,15 @@ class Quota(NamedTuple):
     """What the holder of an API key may have; 0 is what the limits say.
 
     `name` is that of its table in the key file; "" is counted nowhere. `bytes` are of data kept
-    at a time. docs/hosting.md, "API keys", has more.
+    at a time. `in_links` says that strangers have the key: one source gets 1/SEND_KEY_SHARE.
+    docs/hosting.md, "API keys", has more.
     """
 
     name: str = ""
     requests_per_day: int = 0
     bytes: int = 0
     message_ttl_s: int = 0
+    in_links: bool = False
 
 
 EVERYTHING = Quota()
@@ -1976,6 +1981,38 @@ class DailyRequests:
                 self._untold[name] -= count
 
 
+class SourceShares:
+    """Bound what one source takes of the quotas of keys that travel in links."""
+
+    def __init__(self, rate_limit: Callable[[str, int, int], Rate]) -> None:
+        self._rate_limit = rate_limit
+        self._rates: dict[tuple[str, int, int], Rate] = {}
+
+    def take_request(self, quota: Quota, source: str, now_us: int) -> int:
+        """Take one request of the day and return 0, or nothing and return the seconds to wait."""
+        if not quota.in_links or not quota.requests_per_day:
+            return 0
+        share = max(1, quota.requests_per_day // SEND_KEY_SHARE)
+        rate = self._rate_of(f"requests {quota.name}", share, DAY_US)
+        return rate.take(source, now_us, wider=networks_of(source))
+
+    def take_bytes(self, quota: Quota, source: str, size: int, ttl_us: int, now_us: int) -> int:
+        """Take bytes of those kept at a time and return 0, or nothing and the seconds to wait."""
+        if not quota.in_links or not quota.bytes:
+            return 0
+        # Anybody may send one message, whatever its size.
+        share = max(MAX_DATA_CHARS, quota.bytes // SEND_KEY_SHARE)
+        rate = self._rate_of(f"bytes {quota.name}", share, ttl_us)
+        return rate.take(source, now_us, size, networks_of(source))
+
+    def _rate_of(self, name: str, share: int, span_us: int) -> Rate:
+        """Return the rate of a share: another one after a change of the key file."""
+        share_of = (name, share, span_us)
+        if share_of not in self._rates:
+            self._rates.setdefault(share_of, self._rate_limit(*share_of))
+        return self._rates[share_of]
+
+
 class Metric(NamedTuple):
     """How a metric is told to Prometheus: type, meaning, and the known values of its label."""
 
@@ -2096,7 +2133,8 @@ class Access:
         self._denied_boxes = denied_boxes
         # Looked up by digest: how long that takes tells nothing of the key.
         self._quotas = self._by_digest(keys or {})
-        self._send_quotas = self._by_digest(send_keys or {})
+        in_links = {key: quota._replace(in_links=True) for key, quota in (send_keys or {}).items()}
+        self._send_quotas = self._by_digest(in_links)
 
     @classmethod
     def _by_digest(cls, keys: Mapping[str, Quota]) -> dict[bytes, Quota]:
@@ -2637,6 +2675,10 @@ def _refusal_without_room(error: NoRoom, now_us: int) -> Refusal:
     return Refusal(FULL, "This mailbox is full, until messages in it expire.", retry_s)
 
 
+# Of the detail of a refusal.
+IN_LINKS = f"One network may spend 1/{SEND_KEY_SHARE} of what this API key has."
+
+
 class Admission:
     """Let requests in: count them, read them, and refuse what the host does not allow.
 
@@ -2644,7 +2686,7 @@ class Admission:
     """
 
     def __init__(self, limits: Limits, access: Access, *, counts: Counts, complaints: Complaints,
-                 log_ips: bool, requests: Rate) -> None:
+                 log_ips: bool, requests: Rate, shares: SourceShares) -> None:
         self.access = access
         self.daily = DailyRequests()
         self._limits = limits
@@ -2652,6 +2694,7 @@ class Admission:
         self._complaints = complaints
         self._log_ips = log_ips
         self._requests = requests
+        self._shares = shares
         self._parsing = threading.Lock()
 
     def admit(self, source: str, now_us: int) -> None:
@@ -2678,7 +2721,7 @@ class Admission:
         box = read_box(sent)
         quota = self.access.quota_of(read(sent, "ext"), sends=operation == SEND)
         self.access.check_box(box)
-        self._spend(quota, now_us)
+        self._spend(quota, source, now_us)
         if operation == CHECK:
             at_us = read_at(sent)
             wait_s = min(read(sent, "wait", 0), MAX_WAIT_S)
@@ -2726,10 +2769,12 @@ class Admission:
             self._complaints.add(str(error), now_us)
             return refusal_of(error, now_us)
 
-    def _spend(self, quota: Quota, now_us: int) -> None:
+    def _spend(self, quota: Quota, source: str, now_us: int) -> None:
         """Count a request against its API key's day."""
         if not quota.name:
             return
+        if retry_s := self._shares.take_request(quota, source, now_us):
+            raise Refusal(TOO_OFTEN, IN_LINKS, retry_s)
         retry_s = self.daily.take(quota, now_us)
         if retry_s:
             detail = f"More than {quota.requests_per_day} requests in a day."
@@ -2806,11 +2851,12 @@ class Mailboxes:
 
     def __init__(self, store: Store, limits: Limits, *, counts: Counts,
                  random_bytes: Callable[[int], bytes], rate_limit: Callable[[str, int, int], Rate],
-                 source_key: Callable[[int], bytes] | None) -> None:
+                 shares: SourceShares, source_key: Callable[[int], bytes] | None) -> None:
         self._store = store
         self._limits = limits
         self._counts = counts
         self._random_bytes = random_bytes
+        self._shares = shares
         # Without a rate all limits here are 0, which is none.
         on = limits.rate > 0
         self._seals = rate_limit("seals", on * limits.max_seals, MINUTE_US)
@@ -2888,13 +2934,13 @@ class Mailboxes:
         """Keep a message; return when it is on the disk."""
         # Nothing is kept for a box that nobody can open.
         read_public_key(request.box)
-        self._take_rates(request, now_us)
         ttl_us = (request.quota.message_ttl_s or self._limits.message_ttl_s) * SECOND_US
+        self._take_rates(request, ttl_us, now_us)
         source = self._hash_source(request.source, now_us)
         message = Message(request.box, request.data, source, ttl_us, request.quota)
         self._store.put(message, self._limits, now_us)
 
-    def _take_rates(self, request: Request, now_us: int) -> None:
+    def _take_rates(self, request: Request, ttl_us: int, now_us: int) -> None:
         """Count a message against its source and the networks around that."""
         box, source, size = request.box, request.source, len(request.data)
         networks = networks_of(source)
@@ -2904,6 +2950,8 @@ class Mailboxes:
             retry_s = self._sent_bytes.take(source, now_us, size, networks)
         if retry_s:
             raise Refusal(TOO_OFTEN, "One network has sent too much in a short time.", retry_s)
+        if retry_s := self._shares.take_bytes(request.quota, source, size, ttl_us, now_us):
+            raise Refusal(TOO_OFTEN, IN_LINKS, retry_s)
 
     def _random_source_key(self, _day: int) -> bytes:
         return self._random_bytes(SOURCE_KEY_BYTES)
@@ -2987,12 +3035,14 @@ class Relay:
         self.closed = threading.Event()
         self._fetch = fetch
         self._complaints = Complaints()
+        shares = SourceShares(rate_limit)
         self._admission = Admission(
             self.limits, access or Access(), counts=self.counts, complaints=self._complaints,
-            log_ips=log_ips, requests=rate_limit("requests", self.limits.rate, MINUTE_US))
+            log_ips=log_ips, requests=rate_limit("requests", self.limits.rate, MINUTE_US),
+            shares=shares)
         self._mailboxes = Mailboxes(
             store, self.limits, counts=self.counts, random_bytes=random_bytes,
-            rate_limit=rate_limit, source_key=source_key)
+            rate_limit=rate_limit, shares=shares, source_key=source_key)
         # A rate of 0 turns all limits off.
         max_udp = self.limits.max_udp * (self.limits.rate > 0)
         self._datagrams = RateLimit(max_udp, SECOND_US)

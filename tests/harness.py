@@ -597,7 +597,7 @@ FORBIDDEN = (403, "Forbidden", 0)
 TO_MIDNIGHT_S = 57_600
 
 
-def alices(public: Quota | None = None, **quota: int) -> Access:
+def alices(public: Quota | None = None, **quota: Any) -> Access:
     """Return the access with one key, of the table [keys.alice]."""
     return Access({KEY: Quota("keys.alice", **quota)}, public)
 

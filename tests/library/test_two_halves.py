@@ -13,12 +13,13 @@ import connectoid_relay
 from connectoid.contact import Poll
 from connectoid.links import Mailbox
 from connectoid.roster import OwnKeys, Relay
-from connectoid_relay import Access, Quota, RelayServer, SqliteStore
+from connectoid_relay import SEND_KEY_SHARE, Access, Quota, RelayServer, SqliteStore
 
 HERS, HERS_IN_LINKS = "the owner's half", "the half in links"
 HIS, HIS_IN_LINKS = "Bob's half", "the half in Bob's addresses"
-# Far more than a pairing needs, and soon spent by a reader of the link.
-SEND_REQUESTS = 60
+# Far more than a pairing needs, and soon spent by a reader of the link: what one source may have.
+SHARE = 60
+SEND_REQUESTS = SHARE * SEND_KEY_SHARE
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_reader_of_a_link_who_spends_its_key_does_not_keep_the_owner_from_her_ma
     (stolen,) = exts_in(connectoid.read_link(link).address)
     statuses = [
         post(server.server_port, send(Owner(number), ext=stolen))[0]
-        for number in range(1, SEND_REQUESTS + 2)
+        for number in range(1, SHARE + 2)
     ]
     assert statuses[-1] == 429
     mailbox = alice.contacts()[0].addresses[0].mailboxes[0]

@@ -35,7 +35,7 @@ def test_key_file_of_the_docs_is_read(tmp_path: Path) -> None:
     key, send_key = re.findall(r'key = "(.*)"', keys)
     assert access.quota_of(key) == Quota("keys.alice", 100_000, 50_000_000, 3600)
     assert access.quota_of(send_key, sends=True) == Quota(
-        "keys.alice.send_key", 50_000, 50_000_000, 3600)
+        "keys.alice.send_key", 50_000, 50_000_000, 3600, in_links=True)
     assert access.quota_of(send_key) == Quota("public", 10_000, 0, 600)
     assert access.quota_of(None) == Quota("public", 10_000, 0, 600)
 

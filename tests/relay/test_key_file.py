@@ -211,10 +211,10 @@ def test_mistake_in_a_key_file_is_told_in_one_line_with_its_place(
 
 
 @pytest.mark.parametrize(("members", "quota"), [
-    ("", Quota("keys.good.send_key", 7, 8, 9)),
-    ("send_requests_per_day = 1\n", Quota("keys.good.send_key", 1, 8, 9)),
-    (f"send_bytes = {MAX_SETTING}\n", Quota("keys.good.send_key", 7, MAX_SETTING, 9)),
-    ("send_bytes = 1\nsend_requests_per_day = 2\n", Quota("keys.good.send_key", 2, 1, 9)),
+    ("", Quota("keys.good.send_key", 7, 8, 9, True)),
+    ("send_requests_per_day = 1\n", Quota("keys.good.send_key", 1, 8, 9, True)),
+    (f"send_bytes = {MAX_SETTING}\n", Quota("keys.good.send_key", 7, MAX_SETTING, 9, True)),
+    ("send_bytes = 1\nsend_requests_per_day = 2\n", Quota("keys.good.send_key", 2, 1, 9, True)),
 ])
 def test_send_key_has_as_much_as_the_key_unless_the_file_says_so(
     tmp_path: Path, members: str, quota: Quota

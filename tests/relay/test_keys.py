@@ -40,8 +40,12 @@ from harness import (
 
 from connectoid_relay import (
     DAY_US,
+    MAX_DATA_CHARS,
     MAX_EXT_CHARS,
     MIN_COUNTED_BYTES,
+    SEND_KEY_SHARE,
+    TIMES_OF_48,
+    TIMES_OF_56,
     Access,
     Limits,
     Message,
@@ -579,3 +583,64 @@ def test_bytes_of_the_two_halves_are_counted_apart(make: Make, alice: Owner, bob
         assert relay.handle(send(alice, "A" * 7, ext=half), SOURCE).status == 200
         assert relay.handle(send(bob, "A" * 2, ext=half), SOURCE).status == 429
     assert relay.stored() == Stored(2, 2 * MIN_COUNTED_BYTES, 0)
+
+
+def reader(number: int) -> str:
+    """Return an address of somebody who has read the link."""
+    return f"198.51.100.{number}"
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_reader_of_a_link_spends_an_eighth_of_the_requests_from_one_address(
+        make: Make, clock: FakeClock, alice: Owner, each: int) -> None:
+    sender = Quota("keys.alice.send_key", requests_per_day=each * SEND_KEY_SHARE)
+    relay = make(access=two_halves(Quota("keys.alice"), sender), rate=0)
+    for number in range(SEND_KEY_SHARE):
+        statuses = [relay.handle(send(alice, ext=SEND_KEY), reader(number)).status
+                    for _ in range(each + 1)]
+        assert statuses == [200] * each + [429]
+    # What was refused has spent nothing of what is for all, and now that is spent.
+    assert relay.handle(send(alice, ext=SEND_KEY), reader(9)).status == 429
+    clock.advance(TO_MIDNIGHT_S)
+    assert relay.handle(send(alice, ext=SEND_KEY), reader(0)).status == 200
+
+
+def test_share_of_a_key_in_links_is_one_request_and_one_message_at_least(
+        make: Make, alice: Owner) -> None:
+    sender = Quota("keys.alice.send_key", SEND_KEY_SHARE - 1, MAX_DATA_CHARS + 4)
+    relay = make(access=two_halves(Quota("keys.alice"), sender))
+    longest = "A" * MAX_DATA_CHARS
+    assert relay.handle(send(alice, longest, ext=SEND_KEY), reader(0)).status == 200
+    status, reply = relay.handle(send(alice, ext=SEND_KEY), reader(0))
+    assert (status, reply["detail"]) == (
+        429, "One network may spend 1/8 of what this API key has.")
+    assert relay.handle(send(alice, ext=SEND_KEY), reader(1)).status == 200
+
+
+@pytest.mark.parametrize(("chars", "status"), [(-4, 200), (0, 200), (4, 429)])
+def test_reader_of_a_link_spends_an_eighth_of_the_bytes_from_one_address(
+        make: Make, clock: FakeClock, alice: Owner, chars: int, status: int) -> None:
+    share = 2 * MAX_DATA_CHARS
+    sender = Quota(
+        "keys.alice.send_key", bytes=SEND_KEY_SHARE * share, message_ttl_s=7_200)
+    relay = make(access=two_halves(Quota("keys.alice"), sender))
+    assert relay.handle(send(alice, "A" * (share // 2), ext=SEND_KEY), reader(0)).status == 200
+    # The rest, in two that fit into a message each.
+    assert relay.handle(send(alice, "A" * 8, ext=SEND_KEY), reader(0)).status == 200
+    rest = "A" * (share // 2 - 8 + chars)
+    assert relay.handle(send(alice, rest, ext=SEND_KEY), reader(0)).status == status
+    assert relay.handle(send(alice, rest, ext=SEND_KEY), reader(1)).status == 200
+    assert relay.handle(send(alice, rest, ext=KEY), reader(0)).status == 200
+    # As long as messages are kept.
+    clock.advance(7_200)
+    assert relay.handle(send(alice, rest, ext=SEND_KEY), reader(0)).status == 200
+
+
+@pytest.mark.parametrize(("step", "times"), [(1, TIMES_OF_56), (256, TIMES_OF_48)])
+def test_networks_around_a_reader_of_a_link_get_more_and_not_all(
+        make: Make, alice: Owner, step: int, times: int) -> None:
+    sender = Quota("keys.alice.send_key", requests_per_day=SEND_KEY_SHARE)
+    relay = make(access=two_halves(Quota("keys.alice"), sender))
+    sources = [f"2001:db8:7:{step * number:x}::1" for number in range(SEND_KEY_SHARE)]
+    statuses = [relay.handle(send(alice, ext=SEND_KEY), source).status for source in sources]
+    assert statuses == [200] * times + [429] * (SEND_KEY_SHARE - times)
