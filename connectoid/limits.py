@@ -165,6 +165,13 @@ MAX_SEEN = 2_048
 MAX_BURST_MESSAGES = 64
 BURST_PER_S = 4.0
 
+# Messages that a relay may bring at once for all contacts together, and that each second takes off
+# what it has brought. Each costs a decryption, and so does a question: a second of CPU at once, and
+# 3 % of it for ever. Above it those are read that have brought least, and others wait. An hour of
+# absence brings ten messages for each of two hundred contacts.
+MAX_RELAY_MESSAGES = 2_048
+RELAY_MESSAGES_PER_S = 64.0
+
 # Addresses that were announced and then replaced, and that the contact has not written to yet. Each
 # is polled, as the contact may know no newer one: 24 of the 256 checks in a batch at most. A user
 # who changes relays nine times in vain is better served by a new link.

@@ -5,7 +5,8 @@
 A relay that has failed is asked without waiting, so that it is known at once when it is back.
 A line begins with the first mailbox at a relay and is ended with the last. What one contact's
 mailboxes cost is bounded by a Budget, and what fails for one is no failure of the others. A mailbox
-that brings more than an app sends rests, and the others do not.
+that brings more than an app sends rests, and the others do not. What all together cost is bounded
+by a Burst: above it, those are read that have brought least.
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from connectoid.burst import Burst
 from connectoid.clock import boot_time_s
 from connectoid.complaints import Complaints
 from connectoid.contact import ContactRecord, Poll
 from connectoid.errors import ConnectoidError
 from connectoid.ice import has_stun
-from connectoid.limits import GATHERED_S, POLL_SLOW_S
+from connectoid.limits import (
+    GATHERED_S,
+    MAX_RELAY_MESSAGES,
+    POLL_SLOW_S,
+    RELAY_MESSAGES_PER_S,
+)
 from connectoid.pauses import CHECK_EVERY_S, jittered, retry_s
 from connectoid.relay_client import (
     MAX_BATCH_CHECKS,
@@ -97,6 +104,9 @@ class Line:
         # The mailboxes at the last round, and those that were left for the next.
         self._known: frozenset[str] = frozenset()
         self._left: set[str] = set()
+        # What all mailboxes have brought lately, and whether it was too much for the last round.
+        self._burst = Burst(RELAY_MESSAGES_PER_S)
+        self._is_behind = False
         # From the start of this round to that of the next, at least.
         self._least_s = CHECK_EVERY_S
         # A pause goes on that was meant for an idle time.
@@ -231,10 +241,11 @@ class Line:
 
     async def _poll(self) -> float:
         """Check all mailboxes and read those with messages; return the pause after it."""
-        polls = self._roster.polls(self._url)
+        polls = self.polls_in_turn()
         # Longer than until then neither a check waits nor the pause: a mailbox may be due again.
         rest_s = self._roster.rest_s(self._url)
         self._known = frozenset(self._roster.mailboxes(self._url))
+        self._is_behind = False
         self._woken.clear()
         parts = [
             polls[start:start + MAX_BATCH_CHECKS]
@@ -250,6 +261,8 @@ class Line:
             await self._read(part, checked)
         if polls:
             self._note_answer()
+        if self._is_behind:
+            return CHECK_EVERY_S
         rest_s = min(rest_s, self._roster.rest_s(self._url))
         return max(CHECK_EVERY_S, min(self._roster.poll_gap_s(), rest_s))
 
@@ -279,6 +292,9 @@ class Line:
         has_read = False
         numbered = zip(polls, checked, strict=True)
         for number, group in itertools.groupby(numbered, key=_number_of):
+            if self._burst.left(self._roster.now_s()) >= MAX_RELAY_MESSAGES:
+                self._fall_behind()
+                break
             boxes = await self._read_contact([one for _, one in group], errors)
             if not boxes:
                 continue
@@ -291,6 +307,23 @@ class Line:
             raise max(errors, key=_retry_s)
         for failure in errors:
             self._note_failure(failure)
+
+    def polls_in_turn(self) -> list[ContactPoll]:
+        """Return the checks to make, of contacts first that have brought least lately.
+
+        So those who write much hold up nobody who writes little.
+        """
+        return sorted(self._roster.polls(self._url), key=self._brought_lately)
+
+    def _brought_lately(self, poll: ContactPoll) -> float:
+        return self._roster.brought_lately(poll.number, self._url)
+
+    def _fall_behind(self) -> None:
+        """Leave the rest of a round to the next ones, and say so."""
+        self._is_behind = True
+        self._complaints.make(
+            f"{self._url} brings more messages than can be read at once. The rest is read bit by"
+            " bit; if this goes on, the relay is faulty.", self._url)
 
     async def _read_contact(
         self, checked: Iterable[Checked], errors: list[ConnectoidError],
@@ -309,6 +342,7 @@ class Line:
                 boxes.append(ReadBox(one.poll, messages))
             except RelayRefusalError as error:
                 errors.append(error)
+        self._burst.note(budget.opened, self._roster.now_s())
         return boxes
 
     def _was_read(self, checked: Checked) -> bool:

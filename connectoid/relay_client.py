@@ -273,8 +273,14 @@ class Budget:
     MAX_BYTES = 16 * 1024 * 1024
 
     def __init__(self) -> None:
+        self.questions = 0
         self._messages = 0
         self._bytes = 0
+
+    @property
+    def opened(self) -> int:
+        """Return how many decryptions it takes: one for each question and message."""
+        return self.questions + self._messages
 
     @property
     def is_spent(self) -> bool:
@@ -327,6 +333,7 @@ async def read_mailbox(
         "pub": poll.mailbox.pub, "ext": poll.mailbox.ext, "action": "receive",
         "limit": RECEIVE_LIMIT, "answer": _answer_to(suite, client.url, poll, reply),
     }
+    budget.questions += 1
     messages: Boxed = []
     at = poll.at
     for _ in range(MAX_RECEIVES):

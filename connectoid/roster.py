@@ -214,6 +214,17 @@ class Roster:
                     return self.own_keys.put_into(Poll(mailbox, key, NO_AT))
         return None
 
+    def now_s(self) -> float:
+        """Return the time by the clock of the contacts that never steps."""
+        return self._now().monotonic_s
+
+    def brought_lately(self, number: int, url: str) -> float:
+        """Return how many messages a contact's mailboxes at a relay have brought lately."""
+        contact = self.contacts.get(number)
+        if contact is None:
+            return 0.0
+        return contact.brought_lately(self._now(), url)
+
     def poll_gap_s(self) -> float:
         """Return the seconds between two checks at a relay."""
         now = self._now()

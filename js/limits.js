@@ -126,6 +126,12 @@ export const MAX_SEEN = 2_048;
 // for 64 s, so its offers are still fresh.
 export const MAX_BURST_MESSAGES = 64;
 export const BURST_PER_S = 4;
+// Messages that a relay may bring at once for all contacts together, and that each second takes off
+// what it has brought. Each costs a decryption, and so does a question: a second of CPU at once,
+// and 3 % of it for ever. Above it those are read that have brought least, and others wait. An hour
+// of absence brings ten messages for each of two hundred contacts.
+export const MAX_RELAY_MESSAGES = 2_048;
+export const RELAY_MESSAGES_PER_S = 64;
 
 // -- What outlives the page --------------------------------------------------------------
 

@@ -11,8 +11,11 @@
  * @module
  */
 
+import { Burst } from "./burst.js";
 import { hasStun } from "./ice.js";
-import { GATHERED_S, POLL_SLOW_S } from "./limits.js";
+import {
+  GATHERED_S, MAX_RELAY_MESSAGES, POLL_SLOW_S, RELAY_MESSAGES_PER_S,
+} from "./limits.js";
 import { ConnectoidError, RelayRefusalError, UnreachableError } from "./errors.js";
 import { CHECK_EVERY_S, pauseAfterS } from "./pauses.js";
 import {
@@ -131,6 +134,9 @@ export class Line {
     this._known = new Set();
     /** @type {Set<string>} */
     this._left = new Set();
+    // What all mailboxes have brought lately, and whether it was too much for the last round.
+    this._burst = new Burst(RELAY_MESSAGES_PER_S);
+    this._isBehind = false;
     // A pause goes on that was meant for an idle time.
     this._isSlow = false;
     this._woken = new AbortController();
@@ -303,17 +309,35 @@ export class Line {
   /** Check all mailboxes at the relay, and hand on what they hold; return the pause after it. */
   async _poll() {
     const { page, roster } = this._host;
-    const polls = page.isLeft ? [] : roster.polls(this.url);
+    const polls = page.isLeft ? [] : this._inTurn(roster.polls(this.url));
     // Longer than until then neither a check waits nor the pause: a mailbox may be due again.
     const restS = roster.restS(this.url);
     this._known = new Set(roster.mailboxes().map(({ pub }) => pub));
+    this._isBehind = false;
     for (let start = 0; start < polls.length; start += MAX_BATCH_CHECKS) {
       const part = polls.slice(start, start + MAX_BATCH_CHECKS);
       const isOnly = part.length === polls.length;
       await this._pollPart(part, isOnly ? Math.ceil(Math.min(WAIT_S, restS)) : 0);
     }
     if (polls.length) this._noteAnswer();
+    if (this._isBehind) return CHECK_EVERY_S;
+    this._toldBehind = false;
     return Math.min(roster.pollGapS(), restS, roster.restS(this.url));
+  }
+
+  /**
+   * Return checks in the order of what their contacts have brought lately, least first.
+   *
+   * So those who write much hold up nobody who writes little.
+   * @param {[number, Poll][]} polls
+   */
+  _inTurn(polls) {
+    const { roster } = this._host;
+    /** @type {Map<number, number>} */
+    const lately = new Map();
+    for (const [number] of polls) lately.set(number, roster.broughtLately(number, this.url));
+    const least = (/** @type {number} */ number) => lately.get(number) ?? 0;
+    return [...polls].sort(([one], [other]) => least(one) - least(other));
   }
 
   /**
@@ -356,6 +380,10 @@ export class Line {
     const refusals = [];
     let hasRead = false;
     for (const [number, checked] of contacts) {
+      if (this._burst.left(this._nowS()) >= MAX_RELAY_MESSAGES) {
+        this._fallBehind();
+        break;
+      }
       const found = await this._readContact(checked, refusals);
       if (!found.size) continue;
       await this._host.take(number, found);
@@ -367,6 +395,16 @@ export class Line {
     if (!hasRead) throw refusals[0];
     this._host.complaints.make(refusals[0], this.url);
     this._leastS = Math.max(this._leastS, refusals[0].retryS);
+  }
+
+  /** Leave the rest of a round to the next ones, and say so. */
+  _fallBehind() {
+    this._isBehind = true;
+    if (this._toldBehind) return;
+    this._toldBehind = true;
+    this._host.complaints.make(new ConnectoidError(
+      `${this.url} brings more messages than can be read at once. The rest is read bit by bit; `
+      + "if this goes on, the relay is faulty."), this.url);
   }
 
   /**
@@ -394,6 +432,7 @@ export class Line {
         refusals.push(error);
       }
     }
+    this._burst.note(budget.opened, this._nowS());
     return found;
   }
 

@@ -290,8 +290,14 @@ export const MAX_BYTES = 16 * 1_048_576;
  */
 export class Budget {
   constructor() {
+    this.questions = 0;
     this._messages = 0;
     this._bytes = 0;
+  }
+
+  /** How many decryptions it takes: one for each question and message. */
+  get opened() {
+    return this.questions + this._messages;
   }
 
   get isSpent() {
@@ -359,6 +365,7 @@ export async function readMailbox(suite, client, { poll, reply }, budget) {
   if (reply.found !== true) return messages;
   const { pub, ext } = poll.mailbox;
   const answer = await answerTo(suite, client.url, poll, reply);
+  budget.questions += 1;
   let { at } = poll;
   for (let turn = 0; turn < MAX_RECEIVES && !budget.isSpent; turn += 1) {
     const request = { pub, ext, action: "receive", limit: RECEIVE_LIMIT, answer, at };

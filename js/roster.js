@@ -309,6 +309,15 @@ export class Roster {
     return found && this.ownKeys.putInto({ mailbox: found[0], key: found[1], at: NO_AT });
   }
 
+  /**
+   * Return how many messages a contact's mailboxes at a relay have brought lately.
+   * @param {number} number
+   * @param {string} url
+   */
+  broughtLately(number, url) {
+    return this.entries.get(number)?.contact.broughtLately(this._now(), url) ?? 0;
+  }
+
   /** Return the seconds between two checks at a relay. */
   pollGapS() {
     const now = this._now();

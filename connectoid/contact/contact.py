@@ -392,6 +392,11 @@ class Contact:
             if self.machine.box(mailbox.pub).rests(now.monotonic_s)
         ]
 
+    def brought_lately(self, now: Now, url: str) -> float:
+        """Return how many messages the mailboxes at a relay have brought lately."""
+        boxes = [self.machine.box(mailbox.pub) for mailbox in self.mailboxes if mailbox.url == url]
+        return sum(box.burst.left(now.monotonic_s) for box in boxes)
+
     def rest_s(self, now: Now, url: str) -> float:
         """Return the seconds until a mailbox at a relay has rested, infinity if none rests."""
         ends_s = [

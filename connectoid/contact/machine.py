@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from connectoid.burst import Burst
 from connectoid.contact.effects import REPEATABLE, Effect, Now, Privacy, Save, Tell
 from connectoid.contact.record import ContactRecord, OwnAddress
 from connectoid.contact.rules import LASTING, Rule
@@ -67,8 +68,8 @@ class Box:
     asks_zero: bool = False
     # The number of messages found in it since the last check from 0.
     held: int = 0
-    # The messages that it has brought lately: each second takes some off.
-    lately: float = 0.0
+    # The messages that it has brought lately.
+    burst: Burst = field(default_factory=lambda: Burst(BURST_PER_S))
     # It has brought too many, and is not checked before then.
     rests_until_s: float = -math.inf
 
@@ -93,10 +94,10 @@ class Box:
         Whether they are good is not asked. Each costs a decryption, and whoever may write to a
         mailbox, or runs its relay, could choose messages that count as good.
         """
-        gone = BURST_PER_S * (now_s - self.read_s)
-        self.lately = max(0.0, self.lately - gone) + messages
-        if self.lately > MAX_BURST_MESSAGES:
-            self.rests_until_s = now_s + self.lately / BURST_PER_S
+        self.burst.note(messages, now_s)
+        lately = self.burst.left(now_s)
+        if lately > MAX_BURST_MESSAGES:
+            self.rests_until_s = now_s + lately / BURST_PER_S
 
     def rests(self, now_s: float) -> bool:
         """Return whether it is not to be checked yet."""

@@ -454,6 +454,17 @@ export class Contact {
   }
 
   /**
+   * Return how many messages the mailboxes at a relay have brought lately.
+   * @param {Now} now
+   * @param {string} url
+   */
+  broughtLately(now, url) {
+    const there = this.mailboxes.filter((mailbox) => mailbox.url === url);
+    const lately = there.map(({ pub }) => this.machine.box(pub).burst.left(now.monotonicS));
+    return lately.reduce((sum, messages) => sum + messages, 0);
+  }
+
+  /**
    * Return the seconds until a mailbox at a relay has rested, infinity if none rests.
    * @param {Now} now
    * @param {string} url

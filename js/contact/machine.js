@@ -7,6 +7,7 @@
  * @module
  */
 
+import { Burst } from "../burst.js";
 import { NOTHING } from "../encoding.js";
 import {
   ACTIVE_S, BURST_PER_S, MAX_BURST_MESSAGES, MAX_NEWLY_TOLD, POLL_FAST_FOR_S,
@@ -72,8 +73,8 @@ export class Box {
     this.asksZero = false;
     // The messages in it, as far as is known.
     this.held = 0;
-    // The messages that it has brought lately: each second takes some off.
-    this.lately = 0;
+    // The messages that it has brought lately.
+    this.burst = new Burst(BURST_PER_S);
     // It has brought too many, and is not checked before then.
     this.restsUntilS = -Infinity;
   }
@@ -112,9 +113,9 @@ export class Box {
    * @param {number} messages
    */
   _noteBurst(nowS, messages) {
-    const gone = BURST_PER_S * (nowS - this.readS);
-    this.lately = Math.max(0, this.lately - gone) + messages;
-    if (this.lately > MAX_BURST_MESSAGES) this.restsUntilS = nowS + this.lately / BURST_PER_S;
+    this.burst.note(messages, nowS);
+    const lately = this.burst.left(nowS);
+    if (lately > MAX_BURST_MESSAGES) this.restsUntilS = nowS + lately / BURST_PER_S;
   }
 
   /**

@@ -10,7 +10,7 @@ import {
 } from "../connectoid.js";
 import { Contact } from "../contact/contact.js";
 import { Box } from "../contact/machine.js";
-import { BURST_PER_S, MAX_BURST_MESSAGES } from "../limits.js";
+import { BURST_PER_S, MAX_BURST_MESSAGES, MAX_RELAY_MESSAGES } from "../limits.js";
 import { Line, Lines, MAX_LINES, Places } from "../line.js";
 import { Budget, MAX_BYTES, MAX_MESSAGES } from "../relay_client.js";
 import {
@@ -349,7 +349,7 @@ test("what is over a contact's budget waits for the next round, and comes first"
     suite: SUITE,
     polls: () => polls.map((poll) => [1, poll]),
     mailboxes: () => polls.map(({ mailbox }) => mailbox),
-    pollGapS: () => 2, restS: () => Infinity,
+    pollGapS: () => 2, restS: () => Infinity, broughtLately: () => 0,
     flooded: () => [],
     entries: new Map(),
   };
@@ -367,6 +367,80 @@ test("what is over a contact's budget waits for the next round, and comes first"
   line.end();
   const [first, second] = polls.map(({ mailbox: { pub } }) => [pub]);
   assert.deepEqual(read, [first, second, first]);
+});
+
+/** Return a relay that brings so many messages for each mailbox, in turn. */
+function bringing(left) {
+  return serve(async (response, body) => {
+    const request = JSON.parse(body || "{}");
+    if (Array.isArray(request)) {
+      const replies = await Promise.all(request.map(async ({ pub }) => (
+        { ok: true, found: true, question: await questionFor(pub) })));
+      response.end(JSON.stringify(replies));
+      return;
+    }
+    const length = Math.min(100, left.get(request.pub));
+    left.set(request.pub, left.get(request.pub) - length);
+    const messages = Array.from(
+      { length }, (_, number) => ({ at: request.at + 1 + number, data: "QUJD" }));
+    response.end(JSON.stringify({ ok: true, messages }));
+  });
+}
+
+/** Return the contacts that a line reads in a round, and what is complained of. */
+async function roundOf(brought, lately) {
+  const left = new Map();
+  const { url } = await bringing(left);
+  const polls = await Promise.all(brought.map(async (count) => {
+    const [key, pub] = await SUITE.makeKey("ECDH");
+    left.set(pub, count);
+    return { mailbox: { pub, url, ext: null }, key, at: 0 };
+  }));
+  const read = [];
+  const problems = [];
+  const rounds = [polls.map((poll, place) => [place + 1, poll])];
+  const roster = {
+    suite: SUITE,
+    polls() {
+      host.stopped = rounds.length === 0;
+      return rounds.shift() ?? [];
+    },
+    mailboxes: () => polls.map(({ mailbox }) => mailbox),
+    pollGapS: () => 2, restS: () => Infinity, flooded: () => [],
+    broughtLately: (number) => lately[number - 1],
+    entries: new Map(),
+  };
+  const host = {
+    // No time goes by, so that none of what was brought is taken off.
+    system: {
+      ...browserSystem(), sleep: async () => {}, now: () => ({ monotonicS: 7, wallUs: 0 }),
+    },
+    roster, complaints: new Complaints(({ message }) => problems.push(message)), page: {},
+    stopped: false, isNamed: () => false,
+    async take(number) {
+      read.push(number);
+    },
+  };
+  const line = new Line(host, new RelayClient(url), new Places(2));
+  await until(() => host.stopped);
+  line.end();
+  return { read, problems };
+}
+
+for (const [more, count] of [[-1, 3], [0, 2], [1, 2]]) {
+  test(`a relay that has brought ${more} beside its bound is read in part from there`, async () => {
+    // A question counts as a message.
+    const rest = MAX_RELAY_MESSAGES - (MAX_MESSAGES + 1) - 1;
+    const { read, problems } = await roundOf([MAX_MESSAGES, rest + more, 7], [0, 0, 0]);
+    assert.deepEqual(read, [1, 2, 3].slice(0, count));
+    const behind = problems.filter((text) => text.includes("than can be read at once"));
+    assert.equal(behind.length, count === 3 ? 0 : 1);
+  });
+}
+
+test("contacts that have brought least are read first", async () => {
+  const { read } = await roundOf([1, 1, 1], [60, 5, 0]);
+  assert.deepEqual(read, [3, 2, 1]);
 });
 
 test("so many take a place at a time, and the others wait in order", async () => {
@@ -412,7 +486,7 @@ test("relays over the number that are asked at a time take turns", async () => {
     urls: () => new Set(urls),
     polls: (url) => [[1, { mailbox: mailboxOf(url), key: "", at: 0 }]],
     mailboxes: () => urls.map(mailboxOf),
-    pollGapS: () => 2, restS: () => Infinity, flooded: () => [],
+    pollGapS: () => 2, restS: () => Infinity, broughtLately: () => 0, flooded: () => [],
     entries: new Map(), suite: SUITE,
   };
   const host = {

@@ -55,7 +55,7 @@ from connectoid.clock import system_now
 from connectoid.complaints import Complaints
 from connectoid.contact.contact import MAX_STEP_MESSAGES
 from connectoid.encoding import encode_base64url
-from connectoid.limits import BURST_PER_S, MAX_CHANNEL_BYTES
+from connectoid.limits import BURST_PER_S, MAX_CHANNEL_BYTES, MAX_RELAY_MESSAGES
 from connectoid.line import Host, Line, ReadBox
 from connectoid.relay_client import (
     MAX_RECEIVES,
@@ -213,6 +213,84 @@ def test_line_leaves_what_is_over_a_contact_s_budget_for_the_next_round(roster: 
         asyncio.run(run(fake.url))
     first, second = read
     assert first != second
+
+
+def round_of(brought: Sequence[int]) -> list[int]:
+    """Return the contacts that a line reads in a round, whose mailboxes bring so many messages.
+
+    No time goes by, so that none is taken off.
+    """
+    now = system_now()
+    store = Store(":memory:")
+    roster = Roster(store, SUITE, lambda: now, allow_http=False)
+    left: dict[str, int] = {}
+    read: list[int] = []
+
+    def reply(request: Any) -> bytes:
+        if isinstance(request, list):
+            return http_reply([
+                {**FOUND, "question": question_for(check["pub"])} for check in request
+            ])
+        count = min(RECEIVE_LIMIT, left[request["pub"]])
+        left[request["pub"]] -= count
+        ats = range(request["at"] + 1, request["at"] + 1 + count)
+        return http_reply({"ok": True, "messages": [{"at": at, "data": "QUJD"} for at in ats]})
+
+    async def take(number: int, boxes: Sequence[ReadBox]) -> None:
+        read.append(number)
+
+    async def run(url: str) -> None:
+        for count in brought:
+            contact, _ = Contact.invite(SUITE, now, f"Bob {count}", [(url, None)])
+            left[contact.mailboxes[0].pub] = count
+            roster.add(contact)
+        client = RelayClient(url)
+        host = Host(take, lambda _: False, print)
+        line = Line(client, roster, Complaints(), asyncio.Semaphore(9), host)
+        await line._poll()
+        await client.close()
+
+    with FakeRelay(reply) as fake:
+        asyncio.run(run(fake.url))
+    store.close()
+    return read
+
+
+@pytest.mark.parametrize(("more", "is_read"), [(-1, True), (0, False), (1, False)])
+def test_line_reads_no_further_once_a_relay_has_brought_too_much_for_all(
+    more: int, is_read: bool, caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A question counts as a message."""
+    most = MAX_RECEIVES * RECEIVE_LIMIT
+    rest = MAX_RELAY_MESSAGES - (most + 1) - 1
+    assert round_of([most, rest + more, 7]) == [1, 2, 3][:2 + is_read]
+    assert ("more messages than can be read at once" in caplog.text) != is_read
+
+
+def test_contacts_that_have_brought_least_are_checked_first(roster: Roster) -> None:
+    """Those who write without end hold up nobody else."""
+    url = "https://relay.example.com/"
+    for name in ("Bob", "Carol", "Dave"):
+        contact, _ = Contact.invite(SUITE, system_now(), name, [(url, None)])
+        roster.add(contact)
+    for number, count in ((1, 60), (2, 5)):
+        contact = roster.contacts[number]
+        found = [(at, f"QUJ{at}") for at in range(1, count + 1)]
+        contact.polled(system_now(), {contact.mailboxes[0].pub: found})
+    assert roster.brought_lately(1, url) > roster.brought_lately(2, url) > 0
+    assert roster.brought_lately(3, url) == 0
+    assert roster.brought_lately(1, "https://other.example.net/") == 0
+    client = RelayClient(url)
+
+    async def nothing(number: int, boxes: Sequence[ReadBox]) -> None:
+        pass
+
+    async def in_turn() -> list[int]:
+        host = Host(nothing, lambda _: False, print)
+        line = Line(client, roster, Complaints(), asyncio.Semaphore(9), host)
+        return [poll.number for poll in line.polls_in_turn()]
+
+    assert asyncio.run(in_turn()) == [3, 2, 1]
 
 
 def test_check_waits_no_longer_than_a_flooded_mailbox_of_the_same_relay_rests(
