@@ -141,6 +141,9 @@ SOURCE_KEY_BYTES = 32
 # One source holds at most 1/8 of a box, the /56 around it 1/4, the /48 1/2: it takes a crowd to
 # fill it.
 SOURCE_SHARE = 8
+# A message gives way to a newer one of its own source after 1/4 of its time, where that has filled
+# its part of a box: it has been there for a quarter of an hour.
+OLD_PART = 4
 # One source may spend 1/8 of what a key has that travels in links, the /56 around it 1/4, the /48
 # 1/2: who reads one link must not spend what all contacts of its owner need.
 SEND_KEY_SHARE = 8
@@ -1302,6 +1305,10 @@ def counted_bytes(size: int) -> int:
 #
 # Why the oldest. An owner who is online has read it already, a newer one of the same sender
 # mostly replaces it, and it would be the first to expire.
+#
+# A source that has filled its part makes room itself: its own oldest give way once they are old.
+# Two apps that are started anew for each use need three messages for it. Without this they would
+# be refused at the eleventh use in an hour.
 
 # Of the hash of a source: how much of it the sources in a /48 and a /56 share.
 HASH_BYTES_OF_48 = 8
@@ -1316,6 +1323,11 @@ class Held(NamedTuple):
     expires_us: int
     size: int
     source: bytes
+
+    @property
+    def old_us(self) -> int:
+        """Return when it is old enough to give way to a newer one of its own source."""
+        return self.at + (self.expires_us - self.at) // OLD_PART
 
 
 class Part(NamedTuple):
@@ -1353,26 +1365,34 @@ BY_NUMBER = 1
 HOLDERS = (HASH_BYTES_OF_48, HASH_BYTES_OF_56, HASH_BYTES_OF_SOURCE)
 
 
-def make_room(box: Sequence[Held], source: bytes, size: int, limits: Limits) -> list[Held]:
+def make_room(
+        box: Sequence[Held], source: bytes, size: int, limits: Limits, now_us: int) -> list[Held]:
     """Return what has to give way in a box, mostly nothing, for a message of a source.
 
     The box is in the order of `at`. Raises NoRoom.
     """
     dropped: list[Held] = []
     around = _around(box, source)
-    is_newcomer = not around[0]
+    own = list(around[0])
+    is_newcomer = not own
     for part, in_part in zip(PARTS, around, strict=True):
         near = [held for held in in_part if held not in dropped]
         while part.is_over(near, size, limits):
             given = None
             if is_newcomer:
                 given = find_largest(near, source, part.weight_of(near, size, limits))
+            elif own and own[0].old_us <= now_us:
+                given = own.pop(0)
             if given is None:
-                until_us = min((held.expires_us for held in in_part), default=0)
-                raise NoRoom("source" if part.hash_bytes else "box", until_us)
+                raise NoRoom("source" if part.hash_bytes else "box", _room_us(in_part, own))
             near.remove(given)
             dropped.append(given)
     return dropped
+
+
+def _room_us(in_part: Sequence[Held], own: Sequence[Held]) -> int:
+    """Return when there may be room: as one expires, or one of the source's own is old."""
+    return min([held.expires_us for held in in_part] + [held.old_us for held in own], default=0)
 
 
 def _around(box: Sequence[Held], source: bytes) -> list[Sequence[Held]]:
@@ -1460,7 +1480,8 @@ class PutMessage(NamedTuple):
             # Nobody can have too much in a box with so little in it: most boxes.
             return []
         rows = db.execute(HELD, {"box": self.message.box, "now_us": row.time_us})
-        return make_room(list(map(Held._make, rows)), self.message.source, size, limits)
+        box = list(map(Held._make, rows))
+        return make_room(box, self.message.source, size, limits, row.time_us)
 
     def _check_relay(self, total: int, proven: int) -> None:
         """Let strangers fill two thirds: the last one is for boxes whose owner has shown up."""

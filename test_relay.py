@@ -28,6 +28,7 @@ from connectoid_relay import (
     DAY_US,
     HOUR_US,
     MIN_COUNTED_BYTES,
+    OLD_PART,
     SECOND_US,
     About,
     Access,
@@ -399,11 +400,13 @@ def test_put_refuses_the_message_over_a_limit_and_keeps_the_rest(
         return
     with pytest.raises(NoRoom) as refused:
         put(store, limits, source=source, size=size, box=box)
-    # Room comes with the first message to expire: of the source, or of the box.
+    # Room comes with the first message to expire, or of the source's own to be old.
     until_us = 0
     if whose != "relay":
         ((first_at, _),) = store.messages(box_of(box), 0, 1, NOW_US)
-        until_us = first_at + HOUR_US
+        senders = [put.source for put in before for _ in range(put.times)]
+        own = [at for at, sender in zip(kept, senders, strict=True) if sender == source]
+        until_us = min([first_at + HOUR_US, *[at + HOUR_US // OLD_PART for at in own]])
     assert (refused.value.whose, refused.value.until_us) == (whose, until_us)
     # Nothing was kept.
     assert store.arrivals(0)[0] == max(kept, default=0)
@@ -510,11 +513,56 @@ def test_put_has_room_in_a_box_at_the_microsecond_of_expiry_without_a_sweep(stor
     for source in range(8):
         # The message of this source expires at NOW_US + 1 s + 2 * source.
         put(store, limits, source=source, ttl_us=SECOND_US + source)
-    for source, whose in ((0, "source"), (8, "box")):
+    with pytest.raises(NoRoom) as refused:
+        put(store, limits, source=8, now_us=NOW_US + SECOND_US - 1)
+    assert (refused.value.whose, refused.value.until_us) == ("box", NOW_US + SECOND_US)
+    assert put(store, limits, source=8, now_us=NOW_US + SECOND_US) == NOW_US + SECOND_US
+
+
+# In a box of 16 a source may have 2 messages.
+QUARTER_US = HOUR_US // OLD_PART
+
+
+@pytest.mark.parametrize("more_us", [-1, 0, 1])
+def test_own_oldest_message_gives_way_to_a_newer_one_once_it_is_old(
+    store: Store, more_us: int
+) -> None:
+    for _ in range(2):
+        put(store, FILLED_BY_TWO)
+    put(store, FILLED_BY_TWO, source=1)
+    now_us = NOW_US + QUARTER_US + more_us
+    if more_us < 0:
         with pytest.raises(NoRoom) as refused:
-            put(store, limits, source=source, now_us=NOW_US + SECOND_US - 1)
-        assert (refused.value.whose, refused.value.until_us) == (whose, NOW_US + SECOND_US)
-    assert put(store, limits, source=0, now_us=NOW_US + SECOND_US) == NOW_US + SECOND_US
+            put(store, FILLED_BY_TWO, now_us=now_us)
+        assert (refused.value.whose, refused.value.until_us) == ("source", NOW_US + QUARTER_US)
+        assert ats_in(store) == [0, 1, 2]
+        return
+    put(store, FILLED_BY_TWO, now_us=now_us)
+    assert ats_in(store) == [1, 2, QUARTER_US + more_us]
+    assert store.stored().messages == 3
+    assert store.stored().bytes == 3 * MIN_COUNTED_BYTES
+
+
+def test_own_messages_give_way_as_far_as_a_newer_one_needs_and_no_others_do(store: Store) -> None:
+    for source in range(7):
+        put(store, SMALL_BOX, source=source, size=100)
+    for size in (30, 30):
+        put(store, SMALL_BOX, source=7, size=size)
+    now_us = NOW_US + HOUR_US // 2
+    put(store, SMALL_BOX, source=7, size=50, now_us=now_us)
+    assert ats_in(store) == [*range(7), 8, HOUR_US // 2]
+    put(store, SMALL_BOX, source=7, size=40, now_us=now_us)
+    assert ats_in(store) == [*range(7), HOUR_US // 2, HOUR_US // 2 + 1]
+    with pytest.raises(NoRoom, match="source"):
+        put(store, SMALL_BOX, source=7, size=40, now_us=now_us + QUARTER_US - 1)
+
+
+def test_own_message_gives_way_where_others_fill_the_box(store: Store) -> None:
+    limits = Limits(max_box_messages=8)
+    for source in range(8):
+        put(store, limits, source=source)
+    put(store, limits, source=3, now_us=NOW_US + HOUR_US // 2)
+    assert ats_in(store) == [0, 1, 2, *range(4, 8), HOUR_US // 2]
 
 
 def test_put_and_put_question_go_by_the_stores_time_when_the_callers_is_behind(

@@ -697,13 +697,14 @@ def ttl_of(expires_us: int) -> int:
     return -(-expires_us // SECOND_US) + TTL_SLACK_S
 
 
-def make_room_in(box: Box, message: Message, limits: Limits) -> list[Entry]:
+def make_room_in(box: Box, message: Message, limits: Limits, now_us: int) -> list[Entry]:
     """Return what has to give way in a box, mostly nothing, for a message; raise NoRoom."""
     # Whatever the limits say.
     if len(box.entries) >= MAX_BOX_ENTRIES:
         raise NoRoom("box", min(entry.expires_us for entry in box.entries))
     held = [Held(entry.at, entry.expires_us, entry.size, entry.source) for entry in box.entries]
-    dropped = {one.at for one in make_room(held, message.source, len(message.data), limits)}
+    given = make_room(held, message.source, len(message.data), limits, now_us)
+    dropped = {one.at for one in given}
     return [entry for entry in box.entries if entry.at in dropped]
 
 
@@ -1267,7 +1268,7 @@ class DynamoDbStore:
         with self._boxes.lock_of(message.box), contextlib.ExitStack() as undo:
             now_us = self._time.known_us(now_us)
             box = self._boxes.read(message.box).alive(now_us)
-            make_room_in(box, message, limits)
+            make_room_in(box, message, limits, now_us)
             self._take_quota(message, now_us, undo)
             # A third of the room is for boxes with a row.
             thirds = 3 if box.kept_until_us else 2
@@ -1376,7 +1377,7 @@ class DynamoDbStore:
                 at, _ = self._take_at(entry.at, {}, message.ttl_us)
                 entry = entry._replace(at=at, expires_us=at + message.ttl_us)
             alive = box.alive(entry.at)
-            dropped = make_room_in(alive, message, limits)
+            dropped = make_room_in(alive, message, limits, entry.at)
             left = [kept for kept in alive.entries if kept not in dropped]
             new = alive._replace(last_at=entry.at, entries=(*left, entry))
             failure: StoreError | None = None
