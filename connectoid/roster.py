@@ -33,8 +33,9 @@ class OwnKeys:
     """
 
     def __init__(self) -> None:
-        # By URL and the half that sends.
+        # By URL and the half that sends, and the other way round.
         self._keys: dict[tuple[str, str | None], str | None] = {}
+        self._send_keys: dict[tuple[str, str | None], str] = {}
 
     def in_addresses(self, relays: Iterable[Relay]) -> Relays:
         """Return relays as addresses have them, and remember the owner's halves."""
@@ -44,8 +45,13 @@ class OwnKeys:
             if halves and halves[0] is not None:
                 send_key = halves[0]
                 self._keys[url, send_key] = key
+                self._send_keys[url, key] = send_key
             shown.append((url, send_key))
         return tuple(shown)
+
+    def out_of_addresses(self, relays: Relays) -> Relays:
+        """Return relays for a new address: a key that has got two halves stays here from now on."""
+        return tuple((url, self._send_keys.get((url, ext), ext)) for url, ext in relays)
 
     def put_into(self, poll: Poll) -> Poll:
         """Return a check with the owner's half in place of the one in the address."""
@@ -121,7 +127,7 @@ class Roster:
     def add(self, contact: Contact) -> int:
         """Save a new contact and return its id."""
         number = self._store.add(contact.record)
-        contact.privacy = self._privacy
+        self._equip(contact)
         self._saved[number] = contact.record
         self.contacts[number] = contact
         self.names[number] = contact.record.name
@@ -152,8 +158,13 @@ class Roster:
 
     def _machine(self, record: ContactRecord) -> Contact:
         contact = Contact(self.suite, record, allow_http=self._allow_http)
-        contact.privacy = self._privacy
+        self._equip(contact)
         return contact
+
+    def _equip(self, contact: Contact) -> None:
+        """Give a contact what is a matter of the app's settings, and in no record."""
+        contact.privacy = self._privacy
+        contact.machine.as_shown = self.own_keys.out_of_addresses
 
     # -- Mailboxes -----------------------------------------------------------------------
 

@@ -59,9 +59,11 @@ export class Entry {
  */
 export class OwnKeys {
   constructor() {
-    // By the URL and the half that sends, as JSON.
+    // By the URL and the half that sends, as JSON, and the other way round.
     /** @type {Map<string, string | null>} */
     this._keys = new Map();
+    /** @type {Map<string, string>} */
+    this._sendKeys = new Map();
   }
 
   /**
@@ -73,8 +75,19 @@ export class OwnKeys {
     return relays.map(([url, key, sendKey]) => {
       if (sendKey == null) return [url, key];
       this._keys.set(JSON.stringify([url, sendKey]), key);
+      this._sendKeys.set(JSON.stringify([url, key]), sendKey);
       return [url, sendKey];
     });
+  }
+
+  /**
+   * Return relays for a new address: a key that has got two halves stays here from now on.
+   * @param {Relay[]} relays
+   * @returns {Relay[]}
+   */
+  outOfAddresses(relays) {
+    return relays.map(([url, ext]) => (
+      [url, this._sendKeys.get(JSON.stringify([url, ext])) ?? ext]));
   }
 
   /**
@@ -133,6 +146,15 @@ export class Roster {
     this._store.close();
   }
 
+  /**
+   * Give a contact what is a matter of the app's settings, and in no record.
+   * @param {Contact} contact
+   */
+  _equip(contact) {
+    contact.privacy = this._privacy;
+    contact.machine.asShown = (relays) => this.ownKeys.outOfAddresses(relays);
+  }
+
   /** @returns {Entry[]} */
   all() {
     return [...this.entries.values()];
@@ -184,7 +206,7 @@ export class Roster {
    * @param {Contact} contact
    */
   async add(contact) {
-    contact.privacy = this._privacy;
+    this._equip(contact);
     const number = await this._store.add(contact.record);
     this.entries.set(number, new Entry(contact, contact.record.name));
     return number;
@@ -231,7 +253,7 @@ export class Roster {
   /** @param {ContactRecord} record */
   _contact(record) {
     const contact = new Contact(this.suite, record, this.allowed);
-    contact.privacy = this._privacy;
+    this._equip(contact);
     return contact;
   }
 

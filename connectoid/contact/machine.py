@@ -9,13 +9,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from connectoid.burst import Burst
 from connectoid.contact.effects import REPEATABLE, Effect, Now, Privacy, Save, Tell
-from connectoid.contact.record import ContactRecord, OwnAddress
+from connectoid.contact.record import ContactRecord, OwnAddress, Relays
 from connectoid.contact.rules import LASTING, Rule
 from connectoid.errors import UsageError
 from connectoid.limits import (
@@ -139,6 +139,9 @@ class Machine:
 
         # What the app wants of all connections, and the last offer or call that waits for its wish.
         self.privacy = Privacy()
+
+        # Returns relays as a new address may show them: an API key may have got two halves.
+        self.as_shown: Callable[[Relays], Relays] = _as_they_are
         self.asked: str | None = None
 
         # The app's wish to connect, and the times that set the pace.
@@ -322,6 +325,10 @@ class Machine:
         is_wanted = self.wanted or self.record.state in LASTING
         return (
             is_wanted and can_connect(self.record) and self.attempt.state != "connected")
+
+
+def _as_they_are(relays: Relays) -> Relays:
+    return relays
 
 
 def can_connect(record: ContactRecord) -> bool:

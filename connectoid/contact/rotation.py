@@ -41,7 +41,7 @@ def rotate(machine: Machine, relays: Relays | None = None) -> None:
     """
     record = machine.record
     if relays is None:
-        relays = record.relays
+        relays = machine.as_shown(record.relays)
     replaced = record.replaced
     if record.pending is not None:
         replaced = (*replaced, record.pending)
@@ -89,7 +89,7 @@ def longest_address(machine: Machine) -> int:
     record = machine.record
     lengths = [len(own.address) for own in record.addresses]
     # A new one is as long as one with another key.
-    again = [Mailbox(record.signer, url, ext) for url, ext in record.relays]
+    again = [Mailbox(record.signer, url, ext) for url, ext in machine.as_shown(record.relays)]
     return max([len(format_address(again)), *lengths])
 
 

@@ -17,7 +17,7 @@ import { REPEATABLE } from "./effects.js";
 import { LASTING } from "./rules.js";
 
 /** @import { Bytes } from "../encoding.js" */
-/** @import { Allowed } from "../links.js" */
+/** @import { Allowed, Relay } from "../links.js" */
 /** @import { Message } from "../messages.js" */
 /** @import { Key, Suite } from "../suite.js" */
 /** @import { Effect, Now, Privacy } from "./effects.js" */
@@ -152,6 +152,8 @@ export class Machine {
     // What the app wants of all connections, and the last offer or call that waits for its wish.
     /** @type {Privacy} */
     this.privacy = {};
+    // Returns relays as a new address may show them: an API key may have got two halves.
+    this.asShown = (/** @type {Relay[]} */ relays) => relays;
     /** @type {string | null} */
     this.asked = null;
 

@@ -45,9 +45,9 @@ export async function makeAddress(suite, relays, allowed) {
  * Return the characters of the longest address that a message of now may announce.
  * @param {Machine} machine
  */
-export function longestAddress({ record }) {
+export function longestAddress({ record, asShown }) {
   // A new one is as long as one with another key.
-  const again = record.relays.map(([url, ext]) => ({ pub: record.signer, url, ext }));
+  const again = asShown(record.relays).map(([url, ext]) => ({ pub: record.signer, url, ext }));
   const addresses = addressesOf(record).map(({ address }) => address);
   return Math.max(...[formatAddress(again), ...addresses].map(({ length }) => length));
 }
@@ -61,7 +61,7 @@ export function longestAddress({ record }) {
  * @param {Machine} machine
  * @param {Relay[]} [relays]
  */
-export async function rotate(machine, relays = machine.record.relays) {
+export async function rotate(machine, relays = machine.asShown(machine.record.relays)) {
   const before = machine.record.pending;
   let { replaced } = machine.record;
   if (before) replaced = [...replaced, before];

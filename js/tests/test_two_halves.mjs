@@ -5,7 +5,7 @@ import test from "node:test";
 
 import { Connectoid, parseAddress, readLink } from "../connectoid.js";
 import { OwnKeys } from "../roster.js";
-import { MemoryStore, TcpAdapter, closing, serve, until } from "./harness.mjs";
+import { MemoryStore, TcpAdapter, Wire, closing, pair, serve, until } from "./harness.mjs";
 
 const extsIn = (address) => parseAddress(address, { allowHttp: true }).map(({ ext }) => ext);
 
@@ -24,6 +24,25 @@ test("an address has the half that sends, and checks have the other", () => {
   for (const [url, ext] of others) {
     assert.equal(keys.putInto(poll(url, ext)).mailbox.ext, ext);
   }
+});
+
+test("a key that has got two halves stays here from the next address on", async () => {
+  const keys = new OwnKeys();
+  keys.inAddresses([["https://a/", "hers", "sends"], ["https://b/", "one"]]);
+  const relays = [
+    ["https://a/", "hers"], ["https://a/", "other"], ["https://b/", "one"],
+    ["https://c/", "hers"], ["https://a/", "sends"], ["https://a/", null],
+  ];
+  assert.deepEqual(keys.outOfAddresses(relays), [["https://a/", "sends"], ...relays.slice(1)]);
+  const wire = new Wire();
+  const { alice } = await pair(wire);
+  await wire.rounds(4);
+  const [[url]] = alice.record.relays;
+  alice.machine.asShown = () => [[url, "a half"]];
+  wire.nowS += 31 * 86_400;
+  await wire.do("Alice", alice.tick(wire.now));
+  assert.deepEqual(extsIn(alice.record.pending.address), ["a half"]);
+  assert.deepEqual(alice.record.relays, [[url, "a half"]]);
 });
 
 test("a link has the half that sends, and the relay is asked with the owner's", async () => {

@@ -345,6 +345,17 @@ def test_nobody_moves_or_renews_while_more_than_eight_addresses_were_left_lately
     move(alice)
 
 
+def test_rotation_takes_the_half_of_a_key_that_has_come_since(toy: World) -> None:
+    alice = invite(toy, (RELAY, "the whole key"))
+    settle(alice, open_link(toy, link_of(alice)))
+    assert [box.ext for box in newest(alice).mailboxes] == ["the whole key"]
+    alice.contact.machine.as_shown = lambda relays: tuple((url, "a half") for url, _ in relays)
+    toy.advance(limits.ROTATION_US / 1e6)
+    alice.tick()
+    assert [box.ext for box in newest(alice).mailboxes] == ["a half"]
+    assert alice.restarted().record.relays == ((RELAY, "a half"),)
+
+
 def test_ten_sessions_an_hour_fit_into_what_a_relay_keeps_of_one_source(toy: World) -> None:
     """Both apps are started anew for each, and both want it: that takes most messages."""
     alice, bob = apart(toy)

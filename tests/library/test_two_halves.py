@@ -51,6 +51,14 @@ def test_address_has_the_half_that_sends_and_checks_have_the_other() -> None:
         assert keys.put_into(poll) is poll
 
 
+def test_key_that_has_got_two_halves_stays_here_from_the_next_address_on() -> None:
+    keys = OwnKeys()
+    keys.in_addresses([("https://a/", "hers", "sends"), ("https://b/", "one")])
+    relays = (("https://a/", "hers"), ("https://a/", "other"), ("https://b/", "one"),
+              ("https://c/", "hers"), ("https://a/", "sends"), ("https://a/", None))
+    assert keys.out_of_addresses(relays) == (("https://a/", "sends"), *relays[1:])
+
+
 def exts_in(address: str) -> set[str | None]:
     """Return what the mailboxes of an address have in `ext`."""
     return {mailbox.ext for mailbox in connectoid.parse_address(address, allow_http=True)}
