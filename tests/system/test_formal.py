@@ -43,6 +43,11 @@ CLAIMS = (
     # Why the contact's key is no part of a proof (RENEW-4), and RENEW-7 waits for the new address.
     Claim("renewal", "agree", ("PROVES_FOR_CONTACT",), is_true=False),
     Claim("renewal", "understood", ("ANYWHERE",), is_true=False),
+    Claim("thief", "heard", (), is_true=True),
+    # Why former addresses stay for a month (ROTATE-3), and a rotation counts from use (ROTATE-6).
+    Claim("thief", "heard", ("AT_ONCE",), is_true=False),
+    Claim("thief", "heard", ("AT_ONCE", "STAYS"), is_true=True),
+    Claim("thief", "heard", ("AT_ONCE", "STAYS", "FROM_MAKING"), is_true=False),
     Claim("seq", "", (), is_true=True),
     Claim("seq", "", ("WITHOUT_LIMIT",), is_true=False),
 )
