@@ -141,9 +141,9 @@ SOURCE_KEY_BYTES = 32
 # One source holds at most 1/8 of a box, the /56 around it 1/4, the /48 1/2: it takes a crowd to
 # fill it.
 SOURCE_SHARE = 8
-# A message gives way to a newer one of its own source after 1/4 of its time, where that has filled
-# its part of a box: it has been there for a quarter of an hour.
-OLD_PART = 4
+# A message gives way to a newer one of its own source after 1/6 of its time, where that has filled
+# its part of a box: it has been there for ten minutes, and an offer is of no use after one or two.
+OLD_PART = 6
 # One source may spend 1/8 of what a key has that travels in links, the /56 around it 1/4, the /48
 # 1/2: who reads one link must not spend what all contacts of its owner need.
 SEND_KEY_SHARE = 8

@@ -520,7 +520,7 @@ def test_put_has_room_in_a_box_at_the_microsecond_of_expiry_without_a_sweep(stor
 
 
 # In a box of 16 a source may have 2 messages.
-QUARTER_US = HOUR_US // OLD_PART
+OLD_US = HOUR_US // OLD_PART
 
 
 @pytest.mark.parametrize("more_us", [-1, 0, 1])
@@ -530,15 +530,15 @@ def test_own_oldest_message_gives_way_to_a_newer_one_once_it_is_old(
     for _ in range(2):
         put(store, FILLED_BY_TWO)
     put(store, FILLED_BY_TWO, source=1)
-    now_us = NOW_US + QUARTER_US + more_us
+    now_us = NOW_US + OLD_US + more_us
     if more_us < 0:
         with pytest.raises(NoRoom) as refused:
             put(store, FILLED_BY_TWO, now_us=now_us)
-        assert (refused.value.whose, refused.value.until_us) == ("source", NOW_US + QUARTER_US)
+        assert (refused.value.whose, refused.value.until_us) == ("source", NOW_US + OLD_US)
         assert ats_in(store) == [0, 1, 2]
         return
     put(store, FILLED_BY_TWO, now_us=now_us)
-    assert ats_in(store) == [1, 2, QUARTER_US + more_us]
+    assert ats_in(store) == [1, 2, OLD_US + more_us]
     assert store.stored().messages == 3
     assert store.stored().bytes == 3 * MIN_COUNTED_BYTES
 
@@ -554,7 +554,7 @@ def test_own_messages_give_way_as_far_as_a_newer_one_needs_and_no_others_do(stor
     put(store, SMALL_BOX, source=7, size=40, now_us=now_us)
     assert ats_in(store) == [*range(7), HOUR_US // 2, HOUR_US // 2 + 1]
     with pytest.raises(NoRoom, match="source"):
-        put(store, SMALL_BOX, source=7, size=40, now_us=now_us + QUARTER_US - 1)
+        put(store, SMALL_BOX, source=7, size=40, now_us=now_us + OLD_US - 1)
 
 
 def test_own_message_gives_way_where_others_fill_the_box(store: Store) -> None:
@@ -1080,15 +1080,19 @@ class Model:
 
     def send(self, pub: str, data: str, source: str) -> object:
         box = self.box(pub)
-        mine = [m for m in box if m.source == source]
+        own = [m for m in box if m.source == source]
         total = sum(max(512, len(m.data)) for m in self.kept) + max(512, len(data))
-        if len(mine) >= 2 or (mine and sum(len(m.data) for m in mine) + len(data) > 600):
-            return self.refuse("Too often", mine[0].at + TTL_US)
-        left = list(box)
+        left, mine = list(box), list(own)
+        while len(mine) >= 2 or (mine and sum(len(m.data) for m in mine) + len(data) > 600):
+            if not self.is_old(mine[0]):
+                return self.refuse("Too often", self.room_us(own, mine))
+            left.remove(mine.pop(0))
         while len(left) >= 16 or sum(len(m.data) for m in left) + len(data) > 4_800:
             first = self.first_of_the_largest(left, "" if len(left) >= 16 else data)
-            if mine or not first:
-                return self.refuse("Full", left[0].at + TTL_US)
+            if own:
+                first = mine.pop(0) if mine and self.is_old(mine[0]) else None
+            if not first:
+                return self.refuse("Full", self.room_us(box, mine))
             left.remove(first)
         if total > 42 * 512 * (3 if pub in self.proven else 2) // 3:
             return self.refuse("Full", self.now_us + 60 * SECOND_US)
@@ -1096,6 +1100,12 @@ class Model:
         self.kept = [m for m in self.kept if m in left or m not in box]
         self.kept.append(Kept(pub, source, data, self.last_at))
         return {"ok": True}
+
+    def is_old(self, message: Kept) -> bool:
+        return message.at + TTL_US // OLD_PART <= self.now_us
+
+    def room_us(self, part: list[Kept], mine: list[Kept]) -> int:
+        return min([m.at + TTL_US for m in part] + [m.at + TTL_US // OLD_PART for m in mine])
 
     def first_of_the_largest(self, box: list[Kept], data: str) -> Kept | None:
         """Return what gives way to a newcomer: with data the bytes count, else the messages."""

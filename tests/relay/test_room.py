@@ -24,13 +24,13 @@ from harness import (
     send,
 )
 
-from connectoid_relay import MIN_COUNTED_BYTES
+from connectoid_relay import MIN_COUNTED_BYTES, OLD_PART
 
 
-def test_one_source_fills_an_eighth_of_a_box_until_its_first_message_expires(
+def test_one_source_fills_an_eighth_of_a_box_until_its_first_message_is_old(
     make: Make, clock: FakeClock, alice: Owner, bob: Owner
 ) -> None:
-    relay = make(max_box_messages=16, message_ttl_s=100)
+    relay = make(max_box_messages=16, message_ttl_s=100 * OLD_PART)
     assert relay.handle(send(alice), HOME) == OK_REPLY
     clock.advance(10.5)
     assert relay.handle(send(alice), HOME) == OK_REPLY
