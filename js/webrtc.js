@@ -15,6 +15,9 @@ import { browserSystem } from "./system.js";
 const CHANNEL_LABEL = "connectoid";
 // How long candidates are gathered. What a STUN server has not answered by then is left out.
 const GATHER_LIMIT_S = 2;
+// The same where no server is asked: a slow machine is busy with its own addresses, and an offer
+// without them is waited for in vain for AGAIN_AFTER_OFFER_S.
+const GATHER_OWN_LIMIT_S = 20;
 // How much may be buffered on a data channel. More waits.
 const MAX_BUFFERED_BYTES = 1_048_576;
 // For what was sent to arrive, when a connection is closed.
@@ -92,8 +95,9 @@ class Peer {
    * Make an offer, or the answer to one, with its candidates.
    * @param {RTCPeerConnection} connection
    * @param {Sdp | null} offer
+   * @param {number} limitS
    */
-  async describe(connection, offer) {
+  async describe(connection, offer, limitS) {
     this.connection = connection;
     connection.onconnectionstatechange = () => this._judge();
     connection.onicecandidateerror = ({ url, errorCode }) => {
@@ -108,7 +112,7 @@ class Peer {
     }
     // With an offer this makes an answer.
     await connection.setLocalDescription();
-    await Promise.race([allGathered(connection), this._sleep(GATHER_LIMIT_S)]);
+    await Promise.race([allGathered(connection), this._sleep(limitS)]);
   }
 
   /** For a while, take a connection for lost as soon as the browser misses its other end. */
@@ -296,7 +300,8 @@ export class PeerAdapter {
     for (const url of refused) {
       peer.tell("trouble", `${shown(hostIn(url))} cannot be used: this browser refuses it.`);
     }
-    await peer.describe(connection, offer);
+    const limitS = configuration.iceServers?.length ? GATHER_LIMIT_S : GATHER_OWN_LIMIT_S;
+    await peer.describe(connection, offer, limitS);
   }
 
   /**

@@ -216,6 +216,22 @@ test("a server that the browser refuses costs a warning and that server alone", 
   ]);
 });
 
+for (const [iceServers, limitS] of [[[], 20], [[{ urls: "stun:a" }], 2]]) {
+  test(`candidates are gathered for ${limitS} s with ${iceServers.length} servers`, async () => {
+    class SlowConnection extends FakeConnection {
+      constructor() {
+        super();
+        this.iceGatheringState = "gathering";
+      }
+    }
+    const slept = [];
+    const adapter = new PeerAdapter(SlowConnection, async (seconds) => slept.push(seconds));
+    adapter.start(() => {});
+    await adapter.gather(1, 7, null, Promise.resolve({ iceServers }));
+    assert.deepEqual(slept, [limitS]);
+  });
+}
+
 /** Return a connection that has gathered, what it reports, and what its adapter waits for. */
 async function startWaiting() {
   const reports = [];
