@@ -110,7 +110,7 @@ async function beginSync() {
       model,
       appUrl: APP_URL,
       iceServers: settings.turn ?? [],
-      relayOnly: Boolean(settings.relayOnly),
+      privacy: privacy(),
       onChange: drawSoon,
       onNews: (words) => toast(words),
       load: async () => (await keeper.load()).contacts,
@@ -378,6 +378,7 @@ function makePerson() {
   state.setAttribute("role", "status");
   const buttons = Object.fromEntries(
     [
+      ["connect", "Connect"],
       ["link", "Show link"],
       ["compare", "Compare"],
       ["rename", "Rename"],
@@ -424,6 +425,7 @@ function makePerson() {
       const isGone =
         person.ended && person.theirs.some((/** @type {string} */ id) => model.lists.has(id));
       const shown = {
+        connect: person.asks,
         link: Boolean(person.link),
         compare: person.emoji.length > 0 && !person.ended,
         rename: !person.ended,
@@ -439,6 +441,7 @@ function makePerson() {
           `${buttons[key].textContent}: ${person.nickname}`,
         );
       }
+      Object.assign(buttons.connect, { onclick: () => sync?.connect(person.id) });
       Object.assign(buttons.link, { onclick: () => showLink(person.nickname, person.link) });
       Object.assign(buttons.compare, { onclick: () => compare(person) });
       Object.assign(buttons.rename, {
@@ -904,15 +907,22 @@ async function checkRelayOnly(turn) {
   );
 }
 
+/** Return what others may learn by connecting. */
+function privacy() {
+  return { relayOnly: Boolean(settings.relayOnly), askFirst: Boolean(settings.askFirst) };
+}
+
 /**
+ * Keep how connections are made.
  * @param {RTCIceServer[]} turn
- * @param {boolean} relayOnly
+ * @param {{relayOnly: boolean, askFirst: boolean}} wanted
  */
-async function setIce(turn, relayOnly) {
-  const before = [settings.turn ?? [], Boolean(settings.relayOnly)];
-  if (JSON.stringify([turn, relayOnly]) === JSON.stringify(before)) return;
+async function setConnecting(turn, wanted) {
+  const before = [settings.turn ?? [], privacy()];
+  if (JSON.stringify([turn, wanted]) === JSON.stringify(before)) return;
   await setSetting("turn", turn);
-  await setSetting("relayOnly", relayOnly);
+  await setSetting("relayOnly", wanted.relayOnly);
+  await setSetting("askFirst", wanted.askFirst);
   // Connections that are there go on with what they had, so all begin anew.
   location.reload();
 }
@@ -922,7 +932,8 @@ function askSettings() {
   part("turn-url").value = turn?.urls.join(" ") ?? "";
   part("turn-user").value = turn?.username ?? "";
   part("turn-password").value = turn?.credential ?? "";
-  part("relay-only").checked = Boolean(settings.relayOnly);
+  part("relay-only").checked = privacy().relayOnly;
+  part("ask-first").checked = privacy().askFirst;
   part("relay-url").value = settings.relay ?? "";
   part("relay-key").value = settings.relayKey ?? "";
   part("settings-error").textContent = "";
@@ -989,7 +1000,8 @@ function connectParts() {
     const turn = await turnServers();
     await checkRelayOnly(turn);
     await setRelays(part("relay-url").value, part("relay-key").value.trim());
-    await setIce(turn, part("relay-only").checked);
+    const [relayOnly, askFirst] = [part("relay-only").checked, part("ask-first").checked];
+    await setConnecting(turn, { relayOnly, askFirst });
   });
   window.addEventListener("hashchange", () => {
     invitation = takeInvitation() || invitation;

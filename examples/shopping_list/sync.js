@@ -70,11 +70,11 @@ export class Sync {
    * @param {() => Promise<Person[]>} parts.load what is kept of people
    * @param {string} parts.appUrl that links lead to
    * @param {RTCIceServer[]} parts.iceServers of the user's own
-   * @param {boolean} parts.relayOnly whether nobody may see this device's address
+   * @param {{relayOnly: boolean, askFirst: boolean}} parts.privacy what others may learn
    * @param {() => void} parts.onChange something is to be drawn anew
    * @param {(words: string) => void} parts.onNews a sentence for the user, once
    */
-  constructor({ model, write, load, appUrl, iceServers, relayOnly, onChange, onNews }) {
+  constructor({ model, write, load, appUrl, iceServers, privacy, onChange, onNews }) {
     this._trouble = "";
     // Whether a relay of this side did when it was last asked.
     /** @type {Map<string, boolean>} */
@@ -88,7 +88,7 @@ export class Sync {
     this._people = new Map();
     this._appUrl = appUrl;
     this._iceServers = iceServers;
-    this._relayOnly = relayOnly;
+    this._privacy = privacy;
     this._onChange = onChange;
     this._onNews = onNews;
     /** @type {Map<string, Session>} */
@@ -133,7 +133,7 @@ export class Sync {
         onProblem: (error) => this._troubled(lib, error),
         fetch: (...request) => this._fetch(lib, ...request),
       });
-      lib.privacy = { relayOnly: this._relayOnly };
+      lib.privacy = this._privacy;
       await lib.start();
       this._lib = lib;
       this.blocked = "";
@@ -220,6 +220,17 @@ export class Sync {
     const person = this._person(id);
     await this._update(id, { lists: [...new Set([...person.lists, list])], pending: true });
     this._say(id, this._model.allOf([list]));
+  }
+
+  /**
+   * Answer a contact who wants to connect.
+   * @param {string} id
+   */
+  connect(id) {
+    this._lastEvent.delete(id);
+    this._paused.delete(id);
+    this._reach(id);
+    this._onChange();
   }
 
   /**
@@ -679,6 +690,7 @@ export class Sync {
       tone,
       words,
       connected: isConnected,
+      asks: !isConnected && record.state === "paired" && lastEvent === "wants_to_connect",
       ended: record.state === "ended",
       link: isOpen ? makeLink(this._appUrl, record.invitation) : "",
       emoji: record.comparison.map((/** @type {number} */ index) => EMOJI[index]),

@@ -49,6 +49,7 @@ export function standingOf(person, moment) {
   if (state === "opened") {
     return ["wait", `Waiting for ${nickname}'s app to answer. It has to be open too.`];
   }
+  if (lastEvent === "wants_to_connect") return ["wait", `${nickname} would like to connect.`];
   if (state !== "paired") return ["busy", "Getting connected ..."];
   return standingOfPaired(person, moment);
 }

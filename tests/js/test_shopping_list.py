@@ -937,6 +937,26 @@ def test_a_turn_server_is_looked_at_and_kept(make_user: UserMaker) -> None:
 
 @browser_test
 @pytest.mark.slow
+def test_who_wants_to_be_asked_first_is_asked(pair: tuple[User, User]) -> None:
+    alice, bob = pair
+    alice.page.click("#open-settings")
+    alice.page.check("#ask-first")
+    with alice.page.expect_navigation():
+        alice.page.click("#settings-form [type=submit]")
+    alice.page.wait_for_selector("#list:not([hidden])")
+    reads_up_to_date(alice)
+    alice.sees("Last synced", "#people", timeout_ms=AWAY_MS)
+    bob.sees("Last synced", "#people", timeout_ms=AWAY_MS)
+    bob.add("Bread")
+    alice.sees("Bob would like to connect.", "#people")
+    alice.sees_no("Bread")
+    alice.page.click("#people button:has-text('Connect')")
+    alice.sees("Bread")
+    playwright.expect(alice.page.locator("#people button:has-text('Connect')")).to_be_hidden()
+
+
+@browser_test
+@pytest.mark.slow
 def test_settings_say_which_part_of_a_turn_server_is_wrong(make_user: UserMaker) -> None:
     alice = make_user()
     alice.page.click("#open-settings")
