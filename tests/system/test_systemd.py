@@ -26,6 +26,9 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec
 from harness import NOTHING, OK, ROOT, Owner, check, needs, post, receive, send
 
+from connectoid_admin import build_admin_parser, find_subject
+from connectoid_relay import build_parser
+
 HERE = ROOT / "systemd"
 SERVICE, SOCKET_UNIT = HERE / "connectoid-relay.service", HERE / "connectoid-relay.socket"
 SCRIPT = HERE / "connectoid-certificate"
@@ -295,6 +298,17 @@ def serial_at(port: int, trusted: Path) -> int:
 
 
 # The units ---------------------------------------------------------------------------------
+
+
+def test_unit_says_nothing_that_a_variable_of_the_host_could_not_change(tmp_path: Path) -> None:
+    unit = SERVICE.read_text("utf-8")
+    own, file = (unit.index(line) for line in ("Environment=FLAGS=\n", "EnvironmentFile="))
+    assert own < file
+    assert build_parser().parse_args([]).port == 8080
+    host = tmp_path / "relay.env"
+    host.write_text("CONNECTOID_PORT=9000\n")
+    arguments = build_admin_parser().parse_args(["check", "--env", str(host)])
+    assert find_subject(arguments).flags.port == 9000
 
 
 @needs("systemd-analyze")
