@@ -22,8 +22,8 @@ from connectoid.turn_stream import bound_turn_streams
 
 # For candidates: what a server has not said by then is left out.
 GATHER_LIMIT_S = 2.0
-# For STUN servers to answer other addresses, once a server has answered one. aioice asks again
-# after 0.5 s, so that one packet may get lost.
+# For STUN servers to answer other addresses, once a server has answered one, and for other TURN
+# servers, once one can be used. aioice asks again after 0.5 s, so that one packet may get lost.
 SETTLE_S = 0.6
 
 IPV4 = 4
@@ -116,14 +116,25 @@ class Gathering:
             async with asyncio.timeout(timeout):
                 await _until_first(stun + turn)
                 await _until_all(stun, SETTLE_S)
-                await _until_all(turn)
+                await _until_first(turn)
+                await _until_all(turn, SETTLE_S)
         except TimeoutError:
-            pass
+            self._tell_of_silence(turn)
         finally:
             found += [task.result() for task in stun + turn if _has_candidate(task)]
             for task in stun + turn:
                 task.cancel()
         return _without_repeated(found)
+
+    def _tell_of_silence(self, asked: Iterable[Task]) -> None:
+        """Tell of TURN servers that are silent, if no other one has told a candidate."""
+        tasks = list(asked)
+        if any(_has_candidate(task) for task in tasks):
+            return
+        servers = [server for server in self._servers if server.is_turn]
+        for server, task in zip(servers, tasks, strict=True):
+            if not task.done():
+                self._warn(f"{server.url} cannot be used: it does not answer in time.")
 
     async def _ask_stun(self, protocol: Any, server: IceServer) -> Any:
         candidate, _ = await self._aioice.server_reflexive_candidate(
@@ -176,7 +187,7 @@ async def _until_first(asked: Iterable[Task]) -> None:
                 return
 
 
-async def _until_all(asked: Collection[Task], timeout_s: float | None = None) -> None:
+async def _until_all(asked: Collection[Task], timeout_s: float) -> None:
     if asked:
         await asyncio.wait(asked, timeout=timeout_s)
 

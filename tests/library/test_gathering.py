@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ HERE = "127.0.0.1"
 # An address of this machine from which a packet goes nowhere, as far as a server goes.
 DEAD = "127.0.0.2"
 MAPPED = ("203.0.113.7", 50_007)
+RELAYED = ("203.0.113.8", 50_008)
 
 
 class Silent(asyncio.DatagramProtocol):
@@ -58,6 +59,20 @@ class Server(asyncio.DatagramProtocol):
         self._transport.sendto(bytes(reply), address)
 
 
+class Lender(Server):
+    """Lend whoever asks an address of its own."""
+
+    def datagram_received(self, octets: bytes, address: tuple[str, int]) -> None:
+        """Ask for no password."""
+        asked = stun.parse_message(octets)
+        reply = stun.Message(
+            message_method=asked.message_method, message_class=stun.Class.RESPONSE,
+            transaction_id=asked.transaction_id)
+        reply.attributes = {
+            "XOR-MAPPED-ADDRESS": MAPPED, "XOR-RELAYED-ADDRESS": RELAYED, "LIFETIME": 600}
+        self._transport.sendto(bytes(reply), address)
+
+
 @contextlib.asynccontextmanager
 async def serving(server: type[asyncio.DatagramProtocol] = Server) -> AsyncIterator[int]:
     """Lend a server; return its port."""
@@ -71,10 +86,11 @@ async def serving(server: type[asyncio.DatagramProtocol] = Server) -> AsyncItera
 
 async def gather(
     servers: list[IceServer], addresses: list[str], timeout_s: float = SOON_S,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> list[tuple[str, str, str]]:
     """Return type, address and own address of the candidates that are gathered."""
     connection = aioice.Connection(ice_controlling=True)
-    gather_in_time(connection, servers, lambda _: None, relay_only=False)
+    gather_in_time(connection, servers, warn, relay_only=False)
     try:
         found = await connection.get_component_candidates(1, addresses, timeout_s)
     finally:
@@ -94,17 +110,39 @@ def test_address_from_which_nothing_comes_back_holds_up_no_offer() -> None:
 
 
 def test_what_is_there_when_the_time_is_over_is_told() -> None:
-    """No server answers: there are the addresses of this machine."""
+    """No server answers: there are the addresses of this machine. The TURN server is told."""
+    told: list[str] = []
 
     async def gather_beside_silent() -> list[tuple[str, str, str]]:
         async with serving(Silent) as port:
-            servers = [
-                *read_server(f"stun:{HERE}:{port}"),
-                *read_server({"urls": f"turn:{HERE}:{port}", "username": "u", "credential": "c"}),
-            ]
-            return await gather(servers, [HERE], GATHER_LIMIT_S)
+            servers = [*read_server(f"stun:{HERE}:{port}"), *turn_at(port)]
+            return await gather(servers, [HERE], GATHER_LIMIT_S, told.append)
 
     assert asyncio.run(gather_beside_silent()) == [("host", HERE, HERE)]
+    (words,) = told
+    assert words.startswith("turn:")
+    assert words.endswith(" cannot be used: it does not answer in time.")
+
+
+def turn_at(port: int) -> list[IceServer]:
+    """Return a TURN server on this machine."""
+    return read_server({"urls": f"turn:{HERE}:{port}", "username": "u", "credential": "c"})
+
+
+@pytest.mark.parametrize("limit_s", [SOON_S, GATHER_LIMIT_S])
+def test_silent_turn_server_beside_one_that_answers_holds_up_no_offer(limit_s: float) -> None:
+    """Nor is it told: a network without UDP is silent to one of two, each time."""
+    told: list[str] = []
+
+    async def gather_beside_both() -> list[tuple[str, str, str]]:
+        async with serving(Silent) as nobody, serving(Lender) as lender:
+            servers = [*turn_at(nobody), *turn_at(lender)]
+            return await gather(servers, [HERE], limit_s, told.append)
+
+    found = asyncio.run(gather_beside_both())
+    assert [kind for kind, *_ in found] == ["host", "relay"]
+    assert found[-1][1] == RELAYED[0]
+    assert told == []
 
 
 def test_all_stun_servers_are_asked_and_an_address_is_told_once() -> None:
