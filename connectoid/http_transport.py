@@ -348,10 +348,9 @@ class HttpTransport:
             return await self._exchange_once(exchange)
         except TransportError:
             raise
-        except TimeoutError:
-            raise TransportError("timed out") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise TransportError(words_of(error) + _hint(url, error)) from None
+            hint = _hint(url, error, self._proxy_for(url))
+            raise TransportError(words_of(error) + hint) from None
 
     async def _exchange_once(self, exchange: Exchange) -> tuple[int, bytes]:
         # As it is written: otherwise yarl would replace what it takes for the same.
@@ -484,10 +483,14 @@ def words_of(error: Exception) -> str:
     return type(error).__name__
 
 
-def _hint(url: str, error: Exception) -> str:
-    """Return what a user may have mistaken where a port ends the talk: most likely it is of TLS."""
+def _hint(url: str, error: Exception, proxy: yarl.URL | None) -> str:
+    """Return what may be behind a failure that does not tell: a proxy, or a port of TLS."""
+    if isinstance(error, aiohttp.ClientHttpProxyError | aiohttp.ClientProxyConnectionError):
+        return ""
     has_ended = isinstance(
         error, aiohttp.ServerDisconnectedError | aiohttp.ClientResponseError | ConnectionResetError)
+    if proxy is not None and (has_ended or isinstance(error, TimeoutError)):
+        return f"; the environment names a proxy for it, {proxy.host}:{proxy.port}"
     if url.startswith("http:") and has_ended:
         return "; if it speaks TLS, its address begins with https://"
     return ""
@@ -542,6 +545,10 @@ def _said_of_end(_error: aiohttp.ServerDisconnectedError) -> str:
     return "it closed the connection"
 
 
+def _said_of_time(_error: TimeoutError) -> str:
+    return "timed out"
+
+
 def _said_of_body(_error: aiohttp.ClientPayloadError) -> str:
     return "its reply was cut off"
 
@@ -556,6 +563,7 @@ def _said_of_connection(error: OSError) -> str:
 # The first that fits counts.
 _WORDS: tuple[tuple[type[Exception], Callable[[Any], str]], ...] = (
     (ReplyError, str),
+    (TimeoutError, _said_of_time),
     (aiohttp.ClientHttpProxyError, _said_of_proxy),
     (aiohttp.ClientProxyConnectionError, _said_of_way_to_proxy),
     (aiohttp.ClientConnectorError, _said_of_way),
