@@ -14,6 +14,7 @@ from lab import (
     SYMMETRIC,
     TURN_PORT,
     UP,
+    Home,
     Lab,
     Namespace,
 )
@@ -35,6 +36,8 @@ class Network(NamedTuple):
     # What both have in $CONNECTOID_ICE_SERVERS.
     ice_servers: str = ""
     needs_coturn: bool = False
+    # Whether files may get stuck where words do not.
+    is_narrow: bool = False
 
 
 def both_public(lab: Lab) -> Places:
@@ -134,12 +137,25 @@ def no_udp_and_a_lender(lab: Lab) -> Places:
 def small_mtu(lab: Lab) -> Places:
     """Two homes; on Alice's way packets have at most 1,280 bytes, and only TCP is told so."""
     home = lab.home()
+    narrow(home)
+    return home.host(), lab.home().host()
+
+
+def narrow(home: Home) -> None:
+    """Let a router drop packets of more than 1,280 bytes without a word."""
     home.router.ip(f"link set {UP} mtu 1280")
     home.router.nft("table ip silent { chain output { type filter hook output priority 0;"
                     " icmp type destination-unreachable drop; };"
                     " chain forward { type filter hook forward priority 0;"
                     " tcp flags syn tcp option maxseg size set rt mtu; }; }")
-    return home.host(), lab.home().host()
+
+
+def small_mtu_with_turn(lab: Lab) -> Places:
+    """Packets of 1,280 bytes have those of a TURN server in them."""
+    lab.turn(*FOR_USER)
+    home = lab.home(SYMMETRIC)
+    narrow(home)
+    return home.host(), lab.home(SYMMETRIC).host()
 
 
 def both_symmetric_with_turn(lab: Lab) -> Places:
@@ -170,7 +186,9 @@ NETWORKS = (
     Network("broken IPv6 at both", broken_ipv6, relay=RELAY_NAME),
     Network("a bridge without members", dead_bridge),
     Network("a split VPN", split_vpn),
-    Network("MTU 1280 and a black hole", small_mtu),
+    Network("MTU 1280 and a black hole", small_mtu, is_narrow=True),
+    Network("MTU 1280, a black hole, TURN", small_mtu_with_turn, ice_servers=turn_over("udp"),
+            needs_coturn=True, is_narrow=True),
     Network("no UDP, TURN over TCP", no_udp, ice_servers=turn_over("tcp"), needs_coturn=True),
     Network("no UDP at both, a relay that lends TURN", no_udp_and_a_lender, needs_coturn=True),
     Network("both symmetric, TURN", both_symmetric_with_turn, ice_servers=turn_over("udp"),

@@ -121,10 +121,10 @@ def pair(alice: Person, bob: Person, timeout_s: float = PATIENCE_S) -> float:
     return max(event.at_s for event in connected) - began_s
 
 
-def send_file(alice: Person, bob: Person, path: Path) -> tuple[Command, Command]:
-    """Begin to send a file from Alice to Bob; return her command and his, once they connect."""
-    receives = bob.start("receive", "Alice", "--yes", "--dir", "inbox")
-    sends = alice.start("send", "Bob", str(path))
+def send_file(sender: Person, recipient: Person, path: Path) -> tuple[Command, Command]:
+    """Begin to send a file; return the sender's command and the other's, once they connect."""
+    receives = recipient.start("receive", sender.name, "--yes", "--dir", "inbox")
+    sends = sender.start("send", recipient.name, str(path))
     for command in (receives, sends):
         command.wait_for("connected")
     return sends, receives

@@ -6,16 +6,20 @@ is printed: `bench/networks.py` makes a table of it.
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from lab import Lab, lacking, open_lab
 from networks_of_people import NETWORKS, Network
-from people import Person, pair
+from people import PATIENCE_S, Person, pair, send_file
 
 pytestmark = pytest.mark.slow
+
+FILE_BYTES = 2_000_000
 
 CONNECTING = [network for network in NETWORKS if network.connects]
 APART = [network for network in NETWORKS if not network.connects]
@@ -46,6 +50,24 @@ def test_two_people_connect(lab: Lab, network: Network) -> None:
         pytest.skip("turnserver is missing: apt-get install coturn")
     alice, bob = settle_in(lab, network)
     print(f"{network.name}: connected after {pair(alice, bob):.1f} s")
+    if network.is_narrow:
+        exchange_files(alice, bob)
+
+
+def exchange_files(*people: Person) -> None:
+    """Send a file each way."""
+    for sender, recipient in (people, people[::-1]):
+        path = sender.folder / f"{sender.name}.bin"
+        path.write_bytes(os.urandom(FILE_BYTES))
+        (sender.folder / "inbox").mkdir(exist_ok=True)
+        sends, receives = send_file(sender, recipient, path)
+        began_s = time.monotonic()
+        sent = sends.wait_for("sent")
+        print(f"{sender.name}'s file took {sent.at_s - began_s:.1f} s")
+        assert receives.wait_for("received").told["sha256"] == sent.told["sha256"]
+        # Nobody else may use the stores meanwhile.
+        for command in (sends, receives):
+            command.process.wait(PATIENCE_S)
 
 
 @pytest.mark.parametrize("network", APART, ids=[network.name for network in APART])
