@@ -411,62 +411,6 @@ def test_client_trusts_a_certificate_that_it_is_given(certificate: Path, https_u
         asyncio.run(ask(https_url))
 
 
-class Tunnel:
-    """A proxy that leads to any place, whatever is asked for, over TCP: it sees no more of TLS."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self.under_way: list[asyncio.Task[None] | None] = []
-
-    async def end(self) -> None:
-        """Wait until all connections are over."""
-        await asyncio.gather(*filter(None, self.under_way))
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Take CONNECT, and carry octets both ways."""
-        self.under_way.append(asyncio.current_task())
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        method, place, _ = head.split(" ", 2)
-        self.asked.append(f"{method} {place}")
-        host, _, port = place.rpartition(":")
-        there, back = await asyncio.open_connection(host, int(port))
-        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        await asyncio.gather(carry(reader, back), carry(there, writer))
-
-
-async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Carry octets until there are no more."""
-    with contextlib.suppress(ConnectionError):
-        while octets := await reader.read(MAX_LINE_BYTES):
-            writer.write(octets)
-    writer.close()
-    with contextlib.suppress(ConnectionError):
-        await writer.wait_closed()
-
-
-@pytest.mark.parametrize(("spared", "connects"), [("", 1), ("127.0.0.1", 0), ("other.example", 1)])
-def test_relay_with_tls_is_reached_through_the_proxy_of_the_environment(
-    no_proxies: pytest.MonkeyPatch, certificate: Path, https_url: str, spared: str, connects: int,
-) -> None:
-    """The certificate is still that of the relay. Hosts of `no_proxy` are asked directly."""
-    tunnel = Tunnel()
-
-    async def ask_through() -> object:
-        async with await asyncio.start_server(tunnel, "127.0.0.1", 0) as server:
-            port = server.sockets[0].getsockname()[1]
-            no_proxies.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
-            no_proxies.setenv("NO_PROXY", spared)
-            with pytest.raises(RelayError, match="self-signed certificate"):
-                await ask(https_url)
-            answer = await ask(https_url, str(certificate))
-            await tunnel.end()
-            return answer
-
-    assert asyncio.run(ask_through()) == ANSWER
-    place = https_url.removeprefix("https://").rstrip("/")
-    assert tunnel.asked == [f"CONNECT {place}"] * connects * 2
-
-
 def test_errors_of_tls_are_told_in_its_own_words(certificate: Path, https_url: str) -> None:
     """Their numbers are not those of the system."""
     assert refusal_of(https_url) == (
