@@ -1,232 +1,268 @@
-"""Compare `connectoid send` of a large file with bare aiortc on this machine.
+"""Compare `connectoid send` of a large file with bare aiortc and magic-wormhole.
 
-Each is two processes; they take turns.
+Each is two processes, at two ends of a line that takes time or loses packets: see tests/network.
+They take turns, and the same packets are lost for each. It needs root.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
-import json
-import multiprocessing
+import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
-import aiortc
 import common
 
-ROOT = Path(__file__).parent.parent
-# Bytes of a message: a size that all browsers take, ours, and a larger one.
-OUR_CHUNK_BYTES = 60_000
-CHUNKS = (16_384, OUR_CHUNK_BYTES, 262_144)
-BUFFERED_BYTES = 1024 * 1024
-TIMEOUT_S = 300.0
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "network"))
+from lab import RELAY_IPV4, Lab, Line, Namespace, lacking, open_lab
+from people import Person, pair, send_file
 
-# ---------------------------------------------------------------------------------------
-# Bare aiortc: two processes that exchange their SDP over a pipe. The first sends chunks as
-# long as there is room, the second counts. The time is from the first chunk to the last.
-# ---------------------------------------------------------------------------------------
+BARE = str(Path(__file__).with_name("bare_aiortc.py"))
+MAILBOX_PORT = 4000
+WORMHOLE_CODE = "7-crossover-clockwork"
+TIMEOUT_S = 120.0
+# What decides how fast magic-wormhole may send.
+TCP = os.environ.get("TCP", "reno")
 
-
-async def offer_through(pipe: Connection, connection: Any) -> None:
-    """Connect to the other process, which answers."""
-    await connection.setLocalDescription(await connection.createOffer())
-    await _send_description(pipe, connection)
-    await _take_description(pipe, connection)
+# Where Alice and Bob are.
+Places: TypeAlias = tuple[Namespace, Namespace]
 
 
-async def answer_through(pipe: Connection, connection: Any) -> None:
-    """Connect to the other process, which offers."""
-    await _take_description(pipe, connection)
-    await connection.setLocalDescription(await connection.createAnswer())
-    await _send_description(pipe, connection)
+class NeverError(Exception):
+    """A transfer that did not begin, or took too long."""
 
 
-async def _send_description(pipe: Connection, connection: Any) -> None:
-    description = connection.localDescription
-    pipe.send((description.sdp, description.type))
+class Way(NamedTuple):
+    """A way between two people, and how much they send over it."""
+
+    name: str
+    megabytes: int
+    # None is one machine.
+    line: Line | None
 
 
-async def _take_description(pipe: Connection, connection: Any) -> None:
-    sdp, kind = await asyncio.to_thread(pipe.recv)
-    await connection.setRemoteDescription(aiortc.RTCSessionDescription(sdp, kind))
+WAYS = (
+    Way("loopback", 5, None),
+    Way("round trip of 300 ms", 5, Line(delay_ms=150)),
+    Way("40 ms, 1 % lost", 5, Line(delay_ms=20, loss=0.01)),
+    Way("40 ms, 5 % lost", 5, Line(delay_ms=20, loss=0.05)),
+)
 
 
-async def send_bare(pipe: Connection, size: int, chunk_bytes: int) -> float:
-    """Send this many bytes and return the seconds until the other has them."""
-    connection = aiortc.RTCPeerConnection()
-    channel = connection.createDataChannel("bench")
-    opened = asyncio.Event()
-    room = asyncio.Event()
-    done = asyncio.Event()
-    channel.on("open", opened.set)
-    channel.on("message", lambda _: done.set())
-    channel.on("bufferedamountlow", room.set)
-    channel.bufferedAmountLowThreshold = BUFFERED_BYTES // 2
-    await offer_through(pipe, connection)
-    await opened.wait()
+def make_places(lab: Lab, line: Line | None) -> Places:
+    """Put two people at the ends of a line, or on one machine.
 
-    began_s = time.perf_counter()
-    block = bytes(chunk_bytes)
-    for start in range(0, size, chunk_bytes):
-        channel.send(block[:size - start])
-        if channel.bufferedAmount > BUFFERED_BYTES:
-            room.clear()
-            await room.wait()
-    await done.wait()
-    took_s = time.perf_counter() - began_s
-    await connection.close()
-    return took_s
-
-
-async def receive_bare(pipe: Connection, size: int) -> None:
-    """Count this many bytes and say that they are there."""
-    connection = aiortc.RTCPeerConnection()
-    closed = asyncio.Event()
-    got = 0
-
-    def watch(channel: Any) -> None:
-        def count(message: bytes) -> None:
-            nonlocal got
-            got += len(message)
-            if got >= size:
-                channel.send("done")
-
-        channel.on("message", count)
-        channel.on("close", closed.set)
-
-    connection.on("datachannel", watch)
-    await answer_through(pipe, connection)
-    await closed.wait()
-    await connection.close()
-
-
-def run_receiver(pipe: Connection, size: int) -> None:
-    """Be the second process."""
-    asyncio.run(receive_bare(pipe, size))
-
-
-def bare_s(size: int, chunk_bytes: int) -> float:
-    """Return the seconds of a transfer by aiortc alone."""
-    here, there = multiprocessing.Pipe()
-    receiver = multiprocessing.Process(target=run_receiver, args=(there, size), daemon=True)
-    receiver.start()
-    took_s = asyncio.run(asyncio.wait_for(send_bare(here, size, chunk_bytes), TIMEOUT_S))
-    receiver.join(TIMEOUT_S)
-    return took_s
+    CUBIC, which most machines have, is Reno over such short ways. It is not allowed in a namespace
+    where the machine has another one itself. BBR takes no lost packet for a full line.
+    """
+    alice = bob = lab.place(line=line)
+    if line is not None:
+        bob = lab.place()
+    for place in (alice, bob):
+        place.run("sysctl", "-qw", f"net.ipv4.tcp_congestion_control={TCP}")
+    return alice, bob
 
 
 # ---------------------------------------------------------------------------------------
-# The command line, as two people use it.
+# The three. Each returns the seconds from the connection until the other has all of it.
 # ---------------------------------------------------------------------------------------
 
 
-class People:
-    """Alice and Bob, paired; their stores are in a folder."""
+def connectoid_s(lab: Lab, places: Places, size: int) -> float:
+    """Send a file with our command line; both know then that the hash is right."""
+    alice, bob = (Person(lab, *named) for named in zip(("Alice", "Bob"), places, strict=True))
+    pair(alice, bob)
+    path = make_file(lab, size)
+    (lab.folder / "inbox").mkdir()
+    sends, receives = send_file(alice, bob, path)
+    began_s = time.monotonic()
+    sent = sends.wait_for("sent", TIMEOUT_S)
+    assert receives.wait_for("received").told["sha256"] == sent.told["sha256"]
+    return sent.at_s - began_s
 
-    def __init__(self, folder: Path, relay: common.RelayProcess) -> None:
-        self.folder = folder
-        self._relay = f"http://{common.HOST}:{relay.port}/"
-        alice = self.start("Alice", "share", "Bob")
-        bob = self.start("Bob", "open", self.events(alice, "link")["link"], "--name", "Alice")
-        for process in (alice, bob):
-            process.communicate(timeout=TIMEOUT_S)
 
-    def start(self, who: str, *argv: str) -> subprocess.Popen[str]:
-        """Start a command."""
-        store = str(self.folder / f"{who}.db")
-        command = [sys.executable, "-m", "connectoid", *argv, "--json", "--store", store]
-        environment = {
-            **os.environ, "CONNECTOID_RELAY": self._relay, "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(
-            command, env=environment, cwd=self.folder, text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE)
+class Bare:
+    """aiortc alone, with messages of one size."""
 
-    @staticmethod
-    def events(process: subprocess.Popen[str], wanted: str) -> dict[str, Any]:
-        """Return the first event of a kind."""
-        assert process.stdout is not None
-        for line in process.stdout:
-            event = json.loads(line)
-            if event["event"] == wanted:
-                return dict(event)
-        raise SystemExit(f"connectoid ended without {wanted!r}")
+    def __init__(self, chunk_bytes: int) -> None:
+        self._chunk_bytes = chunk_bytes
 
-    def send_s(self, path: Path) -> float:
-        """Return the seconds from the connection until both know that the hash is right."""
-        inbox = Path(tempfile.mkdtemp(dir=self.folder))
-        receiver = self.start("Bob", "receive", "Alice", "--yes", "--dir", str(inbox))
-        sender = self.start("Alice", "send", "Bob", str(path))
-        self.events(sender, "connected")
-        began_s = time.perf_counter()
-        sent = self.events(sender, "sent")
-        took_s = time.perf_counter() - began_s
-        assert self.events(receiver, "received")["sha256"] == sent["sha256"]
-        for process in (sender, receiver):
-            process.communicate(timeout=TIMEOUT_S)
-        (inbox / path.name).unlink()
+    def __call__(self, lab: Lab, places: Places, size: int) -> float:
+        """Send bytes; nothing is hashed, read or kept."""
+        sends = start(lab, places[0], sys.executable, BARE, "send", size, self._chunk_bytes)
+        receives = start(lab, places[1], sys.executable, BARE, "receive", size)
+        for one, other in ((sends, receives), (receives, sends)):
+            print(read_line(one), file=other.stdin, flush=True)
+        return float(read_line(sends))
+
+
+class Wormhole:
+    """magic-wormhole, with a mailbox server of the lab."""
+
+    def __init__(self, program: Path) -> None:
+        self._program = program
+
+    def __call__(self, lab: Lab, places: Places, size: int) -> float:
+        """Send a file; both know then that the hash is right."""
+        python = str(self._program.with_name("python"))
+        lab.start(*lab.servers.command(
+            python, "-m", "twisted", "wormhole-mailbox",
+            f"--port=tcp:{MAILBOX_PORT}:interface={RELAY_IPV4}",
+            "--channel-db=channels.sqlite", "--usage-db=usage.sqlite"))
+        wait_for_port(lab.servers)
+        path = make_file(lab, size)
+        sends = start(
+            lab, places[0], *self._command("send"), "--code", WORMHOLE_CODE, path)
+        start(
+            lab, places[1], *self._command("receive"), "--accept-file", "-o", "came.bin",
+            WORMHOLE_CODE)
+        until(sends, "Sending (")
+        began_s = time.monotonic()
+        until(sends, "Transfer complete")
+        took_s = time.monotonic() - began_s
+        assert (lab.folder / "came.bin").stat().st_size == size
         return took_s
 
-
-@contextlib.contextmanager
-def paired(size: int) -> Iterator[tuple[People, Path]]:
-    """Pair two people through a relay, with a file of random bytes."""
-    with (
-        tempfile.TemporaryDirectory() as name,
-        common.RelayProcess(Path(name)) as relay,
-    ):
-        path = Path(name) / "large.bin"
-        path.write_bytes(os.urandom(size))
-        yield People(Path(name), relay), path
+    def _command(self, what: str) -> list[str]:
+        return [
+            str(self._program), "--relay-url", f"ws://{RELAY_IPV4}:{MAILBOX_PORT}/v1",
+            "--transit-helper", f"tcp:{RELAY_IPV4}:{MAILBOX_PORT + 1}", what, "--hide-progress"]
 
 
-OURS = "connectoid send"
+Sending: TypeAlias = Callable[[Lab, Places, int], float]
 
 
-def title(chunk_bytes: int) -> str:
-    """Return the name of a transfer by aiortc alone."""
-    return f"aiortc, messages of {chunk_bytes:,} bytes"
+def make_file(lab: Lab, size: int) -> Path:
+    """Make a file of random bytes."""
+    path = lab.folder / "large.bin"
+    path.write_bytes(os.urandom(size))
+    return path
 
 
-def measure(size: int, rounds: int) -> dict[str, list[float]]:
-    """Return MB per second of all rounds."""
-    found: dict[str, list[float]] = {OURS: []}
-    found |= {title(chunk_bytes): [] for chunk_bytes in CHUNKS}
-    megabytes = size / 1e6
-    with paired(size) as (people, path):
-        for _ in range(rounds):
-            found[OURS].append(megabytes / people.send_s(path))
-            for chunk_bytes in CHUNKS:
-                found[title(chunk_bytes)].append(megabytes / bare_s(size, chunk_bytes))
+def start(lab: Lab, place: Namespace, *argv: object) -> subprocess.Popen[str]:
+    """Start a program that ends with the lab, with pipes to it."""
+    process = subprocess.Popen(
+        place.command(*map(str, argv)), cwd=lab.folder, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lab.ending.callback(end, process)
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a program, and close the pipes to it."""
+    process.kill()
+    process.communicate()
+
+
+def read_line(process: subprocess.Popen[str]) -> str:
+    """Return the next line of a program; end it after a while, and raise NeverError."""
+    assert process.stdout is not None
+    timer = threading.Timer(TIMEOUT_S, process.kill)
+    timer.start()
+    try:
+        line = process.stdout.readline()
+    finally:
+        timer.cancel()
+    if not line:
+        raise NeverError
+    return line.strip()
+
+
+def until(process: subprocess.Popen[str], words: str) -> None:
+    """Read lines of a program until there is one with these words."""
+    while words not in read_line(process):
+        pass
+
+
+def wait_for_port(place: Namespace) -> None:
+    """Return once the mailbox server listens."""
+    look = f"until ss -Hltn 'sport = :{MAILBOX_PORT}' | grep -q .; do sleep 0.05; done"
+    subprocess.run(place.command("sh", "-c", look), check=True, timeout=TIMEOUT_S)
+
+
+# ---------------------------------------------------------------------------------------
+# The table.
+# ---------------------------------------------------------------------------------------
+
+OURS = "`connectoid send`"
+
+
+def contenders(wormhole: Path | None) -> dict[str, Sending]:
+    """Return all that take turns, by their names."""
+    found: dict[str, Sending] = {OURS: connectoid_s}
+    # The size of ours, and the largest that aiortc takes.
+    for chunk_bytes in (60_000, 262_144):
+        found[f"aiortc, messages of {chunk_bytes:,} bytes"] = Bare(chunk_bytes)
+    if wormhole is not None:
+        found["magic-wormhole"] = Wormhole(wormhole)
     return found
 
 
+def measure(sending: Sending, way: Way, seed: int) -> float:
+    """Return the seconds of one transfer, in a lab of its own; infinity for one that never ends."""
+    line = way.line
+    if line is not None:
+        line = line._replace(seed=seed)
+    with tempfile.TemporaryDirectory() as name, open_lab(Path(name)) as lab:
+        try:
+            return sending(lab, make_places(lab, line), way.megabytes * 1_000_000)
+        except (NeverError, TimeoutError, EOFError):
+            return math.inf
+
+
+def rows(way: Way, all_sending: dict[str, Sending], rounds: int) -> Iterator[str]:
+    """Yield the rows of a way: medians with the least and the most, and how ours is to each."""
+    found: dict[str, list[float]] = {name: [] for name in all_sending}
+    for seed in range(1, rounds + 1):
+        for name, sending in all_sending.items():
+            found[name].append(measure(sending, way, seed))
+    ours_s = statistics.median(found[OURS])
+    for name, took in found.items():
+        ratio = statistics.median(took) / ours_s
+        yield (f"| {way.name}, {way.megabytes} MB | {name} | {common.spread(took, '.1f')}"
+               f" | {ratio:.2f} |")
+
+
+def find_wormhole(named: str) -> Path | None:
+    """Return the program of magic-wormhole, if it is there."""
+    beside = Path(sys.executable).with_name("wormhole")
+    found = named or shutil.which("wormhole") or (str(beside) if beside.exists() else "")
+    return Path(found) if found else None
+
+
 def main() -> int:
-    """Measure in turn, and print medians with the least and the most, and the ratio."""
+    """Measure in turn, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--megabytes", type=int, default=100, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--round-trip", type=float, metavar="MS", help="of a line of one's own")
+    parser.add_argument("--loss", type=float, default=0.0, metavar="PERCENT", help="one way")
+    parser.add_argument("--megabytes", type=int, default=5, help="with --round-trip (default: 5)")
+    parser.add_argument(
+        "--wormhole", default="", metavar="PROGRAM", help="magic-wormhole's, with its mailbox"
+        " server beside it (default: what is installed)")
     arguments = parser.parse_args()
-    found = measure(arguments.megabytes * 1_000_000, arguments.rounds)
+    if lacking():
+        raise SystemExit(lacking())
+    ways: tuple[Way, ...] = WAYS
+    if arguments.round_trip is not None:
+        line = Line(delay_ms=arguments.round_trip / 2, loss=arguments.loss / 100)
+        name = f"{arguments.round_trip:g} ms, {arguments.loss:g} % lost"
+        ways = (Way(name, arguments.megabytes, line),)
+    all_sending = contenders(find_wormhole(arguments.wormhole))
     print(f"{common.machine()}, {arguments.rounds} rounds\n")
-    print(f"| {arguments.megabytes} MB | MB/s |\n|---|---|")
-    for name, values in found.items():
-        print(f"| {name} | {common.spread(values, '.1f')} |")
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    ours = medians.pop(OURS)
-    best = ours / max(medians.values())
-    like = ours / medians[title(OUR_CHUNK_BYTES)]
-    print(f"\nOf the best of aiortc: {best:.2f};"
-          f" of messages as large as ours: {like:.2f} (reach: 0.8)")
+    print("| way | | s | to ours |\n|---|---|---|---|")
+    for way in ways:
+        for row in rows(way, all_sending, arguments.rounds):
+            print(row, flush=True)
     return 0
 
 

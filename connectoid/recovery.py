@@ -82,7 +82,9 @@ class Recovery:
             transport._cwnd = transport._ssthresh = kept
         self._is_recovering = is_recovering
 
-        lost = [chunk for chunk in transport._sent_queue if chunk._retransmit]
+        lost = []
+        if is_recovering:
+            lost = [chunk for chunk in transport._sent_queue if chunk._retransmit]
         await self._transmit()
         # SACKs for what is under way now say nothing about what was just repeated.
         under_way = transport._flight_size // self._sctp.USERDATA_MAX_LENGTH
