@@ -31,6 +31,7 @@ from harness import ROOT, serving
 from connectoid import Connectoid, Store, UsageError
 from connectoid.cli.command_line import main
 from connectoid.http_transport import (
+    JSON,
     MAX_HEAD_BYTES,
     MAX_INTERIM_REPLIES,
     MAX_LINE_BYTES,
@@ -38,6 +39,7 @@ from connectoid.http_transport import (
     BoundedReceive,
     ReplyError,
     make_session,
+    type_of,
     words_of,
 )
 from connectoid.links import Mailbox
@@ -491,6 +493,35 @@ def test_no_connection_is_kept_to_what_answers_a_page(is_at_once: bool) -> None:
 
     asyncio.run(ask_for_pages())
     assert len(connections) == 2
+
+
+TYPES = {
+    "application/json": JSON,
+    " Application/JSON ;charset=utf-8": JSON,
+    JSON + ";" * 60_000: JSON,
+    "text/html; a=application/json": "text/html",
+    "application/jsonl": "application/jsonl",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("header", TYPES, ids=lambda header: header[:40])
+def test_type_of_a_reply_is_what_is_before_its_parameters(header: str) -> None:
+    assert type_of(header) == TYPES[header]
+
+
+def test_parameters_of_a_type_are_read_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The email package takes the square of their number: 64 KiB hold the loop for a minute."""
+    read = []
+
+    def parse(raw: str) -> tuple[str, dict[str, str]]:
+        read.append(raw)
+        return JSON, {}
+
+    monkeypatch.setattr(aiohttp.helpers, "parse_content_type", parse)
+    with FakeRelay(lambda _: http_reply(ANSWER, f"Content-Type: {JSON};;;")) as relay:
+        assert asyncio.run(ask(relay.url)) == ANSWER
+    assert read == []
 
 
 PAGES = {
