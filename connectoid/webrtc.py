@@ -16,6 +16,7 @@ from connectoid.datagrams import bound_datagrams
 from connectoid.errors import UsageError
 from connectoid.gathering import IceServer, gather_in_time, read_server
 from connectoid.ice import Ice
+from connectoid.local_names import bound_local_names
 from connectoid.reassembly import CHANNEL_LABEL, bound_association
 from connectoid.recovery import recover_soon
 from connectoid.sctp_gate import guard_sctp
@@ -146,6 +147,7 @@ class AiortcAdapter:
         """Begin: reports go there."""
         self._report = report
         quiet_aiortc(asyncio.get_running_loop())
+        bound_local_names()
 
     async def stop(self) -> None:
         """Close all, and end. Idempotent."""

@@ -46,6 +46,7 @@ SOCKET_ROOMS = (
     "tests/library/test_no_posix.py",
     "tests/library/test_lent_turn.py",
     "tests/library/test_lifetimes.py",
+    "tests/library/test_local_names.py",
     "tests/library/test_other_apps.py",
     "tests/library/test_people.py",
     "tests/library/test_private_networks.py",

@@ -250,6 +250,20 @@ def test_datagram_that_is_longer_than_any_is_not_taken(more: int) -> None:
     run(play)
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_stun_that_is_longer_than_any_is_not_read(more: int) -> None:
+    """Checksums after checksums take aioice long, and whoever sends them needs no password."""
+
+    async def play(alice: Alice) -> None:
+        alice.connection._protocols.append(alice.protocol)
+        await alice.connection.get_component_candidates(1, [])
+        datagram = bytes(MAX_DATAGRAM_BYTES + more)
+        alice.protocol.datagram_received(datagram, ("192.0.2.9", 2))
+        assert alice.protocol.heard == [datagram] * (more <= 0)
+
+    run(play)
+
+
 def test_records_of_one_datagram_are_given_to_aiortc_one_by_one() -> None:
     """It reads one for each datagram: the others would stay in OpenSSL for ever."""
 

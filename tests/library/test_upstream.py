@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from aioice import ice
+from aioice import ice, mdns
 from aiortc import rtcdtlstransport as dtls
 from aiortc import rtcicetransport as transport
 from aiortc import rtcsctptransport as sctp
@@ -29,6 +29,7 @@ CAUSES: dict[str, tuple[Callable[..., Any] | type, str]] = {
         ice.Connection.check_incoming,
         "if remote_candidate is None:\n            # Learning peer-reflexive candidates"),
     "datagrams of anybody": (ice.Connection.data_received, "self._queue.put_nowait("),
+    "a datagram to port 5353": (mdns.MDnsProtocol.datagram_received, "dns.message.from_wire("),
     "one empty datagram": (dtls.RTCDtlsTransport._recv_next, "first_byte = data[0]"),
     "eight bytes stop": (sctp.decode_params, "pos += param_length + padl(param_length)"),
     "a SACK of ranges": (
