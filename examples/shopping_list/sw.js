@@ -16,14 +16,15 @@ const FILES = urls("./", [
 ]);
 // As lib.js has them: the modules of a checkout, or one built file beside this one.
 const MODULES = urls("../../js/", [
-  "apps.js", "carrier.js", "channel.js", "comparison.js", "complaints.js", "connectoid.js",
-  "contact/connecting.js", "contact/contact.js", "contact/effects.js", "contact/inbox.js",
-  "contact/machine.js", "contact/outbox.js", "contact/pairing.js", "contact/record.js",
-  "contact/renewal.js", "contact/rotation.js", "contact/rules.js", "doctor.js", "encoding.js",
-  "errors.js", "ice.js", "limits.js", "line.js", "links.js", "messages.js", "networks.js",
-  "page.js", "pauses.js", "probes.js", "refusals.js", "relay_client.js", "reports.js",
-  "roster.js", "runner.js", "sdp.js", "sender.js", "shown.js", "steps.js", "store.js", "suite.js",
-  "system.js", "turn.js", "urls.js", "versions.js", "webrtc.js",
+  "apps.js", "burst.js", "carrier.js", "channel.js", "comparison.js", "complaints.js",
+  "connectoid.js", "contact/connecting.js", "contact/contact.js", "contact/effects.js",
+  "contact/inbox.js", "contact/machine.js", "contact/outbox.js", "contact/pairing.js",
+  "contact/record.js", "contact/renewal.js", "contact/rotation.js", "contact/rules.js",
+  "doctor.js", "encoding.js", "errors.js", "ice.js", "limits.js", "line.js", "links.js",
+  "messages.js", "networks.js", "page.js", "pauses.js", "probes.js", "refusals.js",
+  "relay_client.js", "reports.js", "roster.js", "runner.js", "sdp.js", "sender.js", "shown.js",
+  "steps.js", "store.js", "suite.js", "system.js", "turn.js", "urls.js", "versions.js",
+  "webrtc.js",
 ]);
 const BUILT = urls("./", ["connectoid.js"]);
 const KEPT = new Set([...FILES, ...MODULES, ...BUILT]);
