@@ -29,7 +29,7 @@ import {
   toast,
   wrong,
 } from "./ui.js";
-import { refusalsIn, warningOf } from "./words.js";
+import { refusalsIn, renewalOf, warningOf } from "./words.js";
 
 // Modules, beside the padding around the code.
 const QUIET_ZONE = 2;
@@ -367,8 +367,10 @@ function drawPeople() {
 }
 
 function makePerson() {
-  const names = ["avatar", "person-state", "person-lists", "warning", "verified", "hint"];
-  const [avatar, state, lists, warning, verified, refused] = names.map((className) =>
+  const names = [
+    "avatar", "person-state", "person-lists", "warning", "verified", "renewing hint", "hint",
+  ];
+  const [avatar, state, lists, warning, verified, renewing, refused] = names.map((className) =>
     make("div", { className }),
   );
   const [name, words] = [make("span"), make("span")];
@@ -382,6 +384,7 @@ function makePerson() {
       ["link", "Show link"],
       ["compare", "Compare"],
       ["rename", "Rename"],
+      ["renew", "New key"],
       ["unshare", "Unshare"],
       ["keep", "OK"],
       ["drop", "Delete my copy"],
@@ -405,6 +408,7 @@ function makePerson() {
     {},
     head,
     warning,
+    renewing,
     lists,
     refused,
     make("div", { className: "person-buttons" }, ...Object.values(buttons)),
@@ -420,6 +424,8 @@ function makePerson() {
       words.textContent = warningOf(person);
       warning.hidden = !words.textContent;
       verified.hidden = !person.verified || person.ended;
+      renewing.textContent = renewalOf(person);
+      renewing.hidden = !renewing.textContent;
       refused.textContent = refusalsIn(person.refused);
       refused.hidden = !person.refused;
       const isGone =
@@ -429,6 +435,7 @@ function makePerson() {
         link: Boolean(person.link),
         compare: person.emoji.length > 0 && !person.ended,
         rename: !person.ended,
+        renew: person.renewal === "possible",
         unshare: !person.ended && !sync?.blocked,
         keep: person.ended,
         drop: isGone,
@@ -450,6 +457,7 @@ function makePerson() {
             sync?.rename(person.id, to),
           ),
       });
+      Object.assign(buttons.renew, { onclick: () => askRenew(person) });
       Object.assign(buttons.unshare, { onclick: () => askUnshare(person) });
       Object.assign(buttons.keep, {
         onclick: () => sync?.dismiss(person.id, { deleteHere: false }),
@@ -724,6 +732,21 @@ function compare(person) {
   part("compare-dialog").showModal();
 }
 
+/** @param {any} person */
+function askRenew({ id, nickname }) {
+  chosen = id;
+  part("renew-title").textContent = `A new key for ${nickname}?`;
+  for (const name of document.querySelectorAll("#renew-form .nickname")) {
+    name.textContent = nickname;
+  }
+  part("renew-error").textContent = "";
+  part("renew-dialog").showModal();
+}
+
+async function renew() {
+  await sync?.renew(chosen);
+}
+
 /**
  * @param {any} person
  * @param {string} [words]
@@ -994,6 +1017,7 @@ function connectParts() {
     part("name-form").done(required(part("name-text").value, MAX_NAME_CHARS)),
   );
   onSubmit("item-form", "", saveItem);
+  onSubmit("renew-form", "renew-error", renew);
   onSubmit("unshare-form", "", unshare);
   onSubmit("relay-form", "relay-error", () => setRelays(part("relay-offered").textContent, ""));
   onSubmit("settings-form", "settings-error", async () => {

@@ -26,7 +26,7 @@ import {
   shown,
 } from "./lib.js";
 import { MAX_LISTS_OF_CONTACT, randomId, readMessage, writeChanges } from "./model.js";
-import { standingOf } from "./words.js";
+import { renewedOf, standingOf } from "./words.js";
 
 // As peer.py has it: no other app opens the links of a shopping list.
 const APP = "connectoid.shopping-list";
@@ -251,6 +251,15 @@ export class Sync {
   }
 
   /**
+   * Have a new signing key for a contact, so that copies of this device are shut out.
+   * @param {string} id
+   */
+  async renew(id) {
+    await this._lib.renew(id);
+    this._onChange();
+  }
+
+  /**
    * End it, and tell the other app; if the two are connected, it is asked to delete its copy of
    * our lists.
    * @param {string} id
@@ -322,6 +331,7 @@ export class Sync {
     if (event === "connected") await this._serve(id);
     if (event === "paired") this._onNews(`You are now connected with ${name}.`);
     if (event === "unshared") this._onNews(`${name} has ended the sharing.`);
+    if (event === "renewed") this._onNews(renewedOf(name));
     this._onChange();
   }
 
@@ -698,6 +708,7 @@ export class Sync {
       // Of the record, which outlives the page: the events are told once.
       warned: record.usedTo.length > 0,
       keyNews: record.keyNews,
+      renewal: standingOfRenewal(record),
       refused: record.state ? this._refusedOf(id) : 0,
     };
   }
@@ -713,6 +724,16 @@ export class Sync {
   }
 }
 
+/**
+ * Return "possible" if this side may have a new key, "waiting" if the contact has to answer the
+ * last one, or "".
+ * @param {any} record
+ */
+function standingOfRenewal({ state, oldSigner }) {
+  if (state !== "paired") return "";
+  return oldSigner ? "waiting" : "possible";
+}
+
 /** A contact that Connectoid has not loaded. */
 const UNKNOWN = {
   state: "",
@@ -721,6 +742,7 @@ const UNKNOWN = {
   differs: false,
   usedTo: [],
   keyNews: "",
+  oldSigner: "",
   why: "",
   invitation: "",
   attempt: "apart",

@@ -164,6 +164,25 @@ export function warningOf({ nickname, keyNews, warned, verified, ended }) {
 }
 
 /**
+ * Return what is said while a contact does not know the new key of this side yet, or "".
+ * @param {{nickname: string, renewal: string}} person
+ */
+export function renewalOf({ nickname, renewal }) {
+  if (renewal !== "waiting") return "";
+  return `${nickname}'s app does not know your new key yet. Until then copies of this device still `
+    + `count. If that lasts while ${nickname}'s app is open, unshare, and share again.`;
+}
+
+/**
+ * Return what is said once a contact knows the new key of this side.
+ * @param {string} nickname
+ */
+export function renewedOf(nickname) {
+  return `${nickname}'s app knows your new key, and takes nothing any more from copies of this `
+    + "device.";
+}
+
+/**
  * Return what is said of messages that were refused.
  * @param {number} count
  */

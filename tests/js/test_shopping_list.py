@@ -1170,6 +1170,33 @@ def test_new_key_of_a_contact_is_told_until_the_user_has_compared_again(
 
 @browser_test
 @pytest.mark.slow
+def test_new_key_of_ones_own_is_waited_for_and_then_told(pair: tuple[User, User]) -> None:
+    alice, bob = pair
+    reads_up_to_date(alice)
+    bob.end()
+    alice.page.click("#people button:has-text('New key')")
+    alice.sees("Bob cannot tell a thief", "#renew-dialog")
+    alice.page.click("#renew-form [data-close]")
+    alice.sees_no("new key yet", "#people")
+    alice.page.click("#people button:has-text('New key')")
+    alice.page.click("#renew-form [type=submit]")
+    for _ in range(2):
+        alice.sees("Bob's app does not know your new key yet", "#people .renewing")
+        alice.sees_no("New key", "#people .person-buttons")
+        alice.page.reload()
+    alice.sees("does not know your new key yet", "#people")
+    bob.begin()
+    alice.sees("Bob's app knows your new key", "#toast", AWAY_MS)
+    alice.sees_no("new key yet", "#people")
+    alice.sees("New key", "#people .person-buttons")
+    bob.sees("Alice's app has a new key", "#people .warning")
+    # They still share.
+    alice.add("Bread")
+    bob.sees("Bread", timeout_ms=AWAY_MS)
+
+
+@browser_test
+@pytest.mark.slow
 def test_unsharing_reaches_a_contact_that_was_away_and_asks_what_to_keep(
     pair: tuple[User, User],
 ) -> None:
@@ -1516,6 +1543,7 @@ def test_page_and_dialogs_please_axe(make_user: UserMaker, scheme: str) -> None:
         "link": "#have-link",
         "item": "[aria-label='Change Tomatoes']",
         "compare": "#people button:has-text('Compare')",
+        "renew": "#people button:has-text('New key')",
         "unshare": "#people button:has-text('Unshare')",
     }
     for name, opener in openers.items():
