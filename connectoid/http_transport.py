@@ -35,6 +35,7 @@ from connectoid.errors import UsageError
 from connectoid.networks import NAME_IT, is_private_host, is_public
 from connectoid.relay_client import MAX_REPLY_BYTES, ON_BEHALF_OF, TransportError
 from connectoid.urls import origin_of
+from connectoid.way_out import source_for
 
 INTERIM = range(100, 200)
 REDIRECTS = range(300, 400)
@@ -120,7 +121,7 @@ class DaemonResolver(aiohttp.abc.AbstractResolver):
         results = (result_of(host, info) for info in infos)
         if not self._public_only:
             return few_of(results)
-        public = few_of(result for result in results if is_public_text(result["host"]))
+        public = few_of(result for result in results if is_of_others(result["host"]))
         if infos and not public:
             raise OSError(PRIVATE)
         return public
@@ -311,10 +312,29 @@ def type_of(header: str) -> str:
     return header.partition(";")[0].strip().lower()
 
 
-def is_public_text(address: str) -> bool:
-    """Return whether everybody can reach an address that was looked up."""
+def is_of_others(address: str) -> bool:
+    """Return whether everybody can reach an address, and it is not of this machine."""
     # A link-local one has a zone.
-    return is_public(ipaddress.ip_address(address.partition("%")[0]))
+    address = address.partition("%")[0]
+    return is_public(ipaddress.ip_address(address)) and not is_of_this_machine(address)
+
+
+def is_of_this_machine(address: str) -> bool:
+    """Return whether an address is of this machine, which may have public ones."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return source_for(family, address) == address
+
+
+def is_refused(host: str) -> bool:
+    """Return whether a host of an Origin is private, or an address of this machine."""
+    if is_private_host(host):
+        return True
+    address = host.strip("[]")
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return is_of_this_machine(address)
 
 
 class HttpTransport:
@@ -401,7 +421,7 @@ class HttpTransport:
         """Return the pool for a URL; raise TransportError for a private one of somebody else."""
         if self._may_be_private(url):
             return self._open
-        if is_private_host(origin_of(url).host):
+        if is_refused(origin_of(url).host):
             raise TransportError(PRIVATE)
         if self._proxy_for(url) is not None:
             # The proxy looks names up, and may itself be in a private network.

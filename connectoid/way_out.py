@@ -32,10 +32,14 @@ Way: TypeAlias = tuple[str, ...]
 
 def way_out() -> Way:
     """Return the addresses that this machine would send from now."""
-    return tuple(_source(family, host) for family, host in ANYWHERE)
+    return tuple(source_for(family, host) for family, host in ANYWHERE)
 
 
-def _source(family: socket.AddressFamily, host: str) -> str:
+def source_for(family: socket.AddressFamily, host: str) -> str:
+    """Return the address that this machine would send to a host from, "" without a way there.
+
+    It is the host itself if that is this machine.
+    """
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((host, DISCARD_PORT))

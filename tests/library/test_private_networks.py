@@ -33,6 +33,8 @@ from connectoid.http_transport import (
     PRIVATE,
     DaemonResolver,
     HttpTransport,
+    is_of_this_machine,
+    is_refused,
 )
 from connectoid.limits import MAX_MAILBOXES
 from connectoid.relay_client import ON_BEHALF_OF
@@ -182,6 +184,24 @@ def test_url_of_this_machine_is_asked_only_if_it_may_be_private(host: str) -> No
             await transport.close()
 
     assert asyncio.run(run()) == PRIVATE
+
+
+def test_public_address_of_this_machine_is_as_private_as_localhost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A contact would have this machine knock at its own ports, behind its firewall."""
+    monkeypatch.setattr("connectoid.http_transport.source_for", lambda _, host: f"2606:{host[5:]}")
+    assert resolve("2606::1", "2607::1") == ["2607::1"]
+    assert resolve("2606::1", public_only=False) == ["2606::1"]
+    assert is_refused("[2606::1]")
+    assert not is_refused("[2607::1]")
+    assert not is_refused("relay.example.com")
+
+
+def test_address_of_this_machine_is_where_it_sends_from_to_itself() -> None:
+    assert is_of_this_machine("127.0.0.1")
+    assert not is_of_this_machine("203.0.113.1")
+    assert not is_of_this_machine("2001:db8::1")
 
 
 def test_proxy_is_led_to_no_private_address_but_looks_names_up_itself(
