@@ -250,9 +250,11 @@ def test_people_are_connected_and_chat(people: People) -> None:
             "verified": False,
             "differs": False,
             "renewing": False,
+            "moving": False,
             "key_news": None,
             "opened_twice": False,
             "refused": {},
+            "routine": {},
         }
     ]
     marking = people.run("Alice", "verify", "Bob", "--same")

@@ -35,7 +35,7 @@ def test_thief_is_shut_out_by_a_renewal_and_cannot_end_the_contact(
     until(lambda: told(apps, "Alice", "Bob", "renewed"), "Alice is told")
     until(lambda: told(apps, "Bob", "Alice", "contact_renewed"), "Bob is told")
     assert thief.unshare_and_tell("Bob", SOON_S)
-    until(lambda: bob.refusals("Alice").get("sender"), "what the thief says is refused")
+    until(lambda: bob.refusals("Alice").get("replaced"), "what the thief says is refused")
     assert bob.contacts()[0].state == "paired"
     channel = alice.connect("Bob", SOON_S)
     channel.send("still here")
