@@ -39,7 +39,7 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Teller], int], str]] 
         "give a contact a new key of yours, so that it accepts nothing more from copies of this"
         " store",
     ),
-    "unshare": (unshare, "stop sharing with a contact, who is told"),
+    "unshare": (unshare, "stop sharing with a contact, and tell them so"),
     "chat": (chat, "chat with a contact, line by line"),
     "send": (send, "send files to a contact who is running `receive`"),
     "receive": (receive, "receive files from a contact who is running `send`"),
