@@ -22,7 +22,7 @@ import urllib.parse
 import urllib.request
 import weakref
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 try:
     import aiohttp
@@ -34,6 +34,7 @@ except ImportError:
 from connectoid.errors import UsageError
 from connectoid.networks import NAME_IT, is_private_host, is_public
 from connectoid.relay_client import MAX_REPLY_BYTES, ON_BEHALF_OF, TransportError
+from connectoid.thrifty_tls import make_context
 from connectoid.urls import origin_of
 from connectoid.way_out import source_for
 
@@ -459,7 +460,7 @@ def _always(_url: str) -> bool:
 
 
 def make_session(
-    tls: ssl.SSLContext | Literal[True], *, public_only: bool,
+    tls: ssl.SSLContext, *, public_only: bool,
 ) -> aiohttp.ClientSession:
     """Return a pool of connections. One for relays that others have named leads nowhere private."""
     reuse = aiohttp.TraceConfig()
@@ -483,14 +484,11 @@ def make_session(
     )
 
 
-def _ssl_of(ca_file: str | None) -> ssl.SSLContext | Literal[True]:
-    """Return what relays' certificates are checked with; aiohttp has read the system's.
-
-    Raises UsageError.
-    """
+def _ssl_of(ca_file: str | None) -> ssl.SSLContext:
+    """Return what relays' certificates are checked with; raise UsageError."""
+    context = make_context()
     if ca_file is None:
-        return True
-    context = ssl.create_default_context()
+        return context
     try:
         context.load_verify_locations(ca_file)
     except OSError as error:

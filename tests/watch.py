@@ -57,6 +57,7 @@ SOCKET_ROOMS = (
     "tests/library/test_sctp_gate.py",
     "tests/library/test_stolen_devices.py",
     "tests/library/test_strangers.py",
+    "tests/library/test_thrifty_tls.py",
     "tests/library/test_two_halves.py",
     "tests/library/test_upstream.py",
     "tests/library/test_turn_stream.py",

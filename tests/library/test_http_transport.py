@@ -49,6 +49,7 @@ from connectoid.relay_client import (
     RelayError,
     make_transport,
 )
+from connectoid.thrifty_tls import make_context
 from connectoid_relay import Relay, load_tls
 
 ANSWER = {"ok": True, "from": "the fake"}
@@ -259,7 +260,7 @@ def test_connections_to_relays_that_others_name_are_not_kept(*, public_only: boo
     """Nor is any address remembered."""
 
     async def run() -> None:
-        async with make_session(True, public_only=public_only) as session:
+        async with make_session(make_context(), public_only=public_only) as session:
             assert isinstance(session.connector, aiohttp.TCPConnector)
             assert session.connector.force_close is public_only
             assert not session.connector.use_dns_cache
