@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+from connectoid.certificates import verify_no_chain
 from connectoid.consent import Consent, keep_consent
 from connectoid.datagrams import bound_datagrams
 from connectoid.errors import UsageError
@@ -267,6 +268,7 @@ class AiortcAdapter:
         refuse_size = functools.partial(self._refuse, contact, peer, "too_large")
         bound_association(sctp, refuse, refuse_size, may_open=peer.channel is None)
         recover_soon(sctp)
+        verify_no_chain(sctp.transport)
         connection = sctp.transport.transport._connection
         warn = functools.partial(report, "trouble", peer.attempt_id)
         gather_in_time(

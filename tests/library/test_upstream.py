@@ -28,6 +28,7 @@ CAUSES: tuple[tuple[Callable[..., Any], str], ...] = (
     (sctp.RTCSctpTransport._receive_sack_chunk, "for pos in range(gap[0], gap[1] + 1):"),
     (sctp.RTCSctpTransport._receive_sack_chunk, "self._cwnd += min(done_bytes,"),
     (sctp.RTCSctpTransport._mark_received, "sorted(self._sack_misordered)"),
+    (dtls.RTCCertificate._create_ssl_context, "lambda *args: True"),
     (mdns.MDnsProtocol.datagram_received, "dns.message.from_wire("),
     (sctp.RTCSctpTransport._data_channel_receive, '.decode("utf8")'),
 )
