@@ -185,6 +185,11 @@ MAX_FORMER = 8
 # as many, and an opener sends few.
 FLOODED_MESSAGES = 64
 
+# Hashes kept of what has told the contact of a new signing key, the newest. In an hour a mailbox
+# gets less than 32 messages of one source, and before each goes a `renew`. An answer to an older
+# one is no loss: the next `moved` gets another.
+MAX_RENEWAL_HASHES = 64
+
 # -- Times that outlive the process ------------------------------------------------------
 
 DAY_US = 86_400_000_000

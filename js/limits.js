@@ -154,6 +154,10 @@ export const MAX_REPLACED = 8;
 // Former addresses with which a user may still change relays or renew. They are polled for 30 days,
 // as the owner of a copied device may know no newer one. Nobody changes relays nine times a month.
 export const MAX_FORMER = 8;
+// Hashes kept of what has told the contact of a new signing key, the newest. In an hour a mailbox
+// gets less than 32 messages of one source, and before each goes a `renew`. An answer to an older
+// one is no loss: the next `moved` gets another.
+export const MAX_RENEWAL_HASHES = 64;
 // In the mailbox of a link that nobody has opened yet: a flood. One source cannot send half as
 // many, and an opener sends few.
 export const FLOODED_MESSAGES = 64;

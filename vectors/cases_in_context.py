@@ -116,6 +116,7 @@ def context(
         "link_hash": "",
         "old_from": "",
         "old_private": "",
+        "renewal_hashes": [],
         "former_contact": "",
         "key_news": "",
         "seq": START + 2_000_000,

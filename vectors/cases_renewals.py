@@ -8,7 +8,7 @@ from typing import Any
 from cases_in_context import LATE, SOON, Box, accepted, alices, bobs, context, contexts, reply
 from cases_refused import beside, refused
 from vector_forms import RENEW, hash_of, hash_of_link, mailbox, prove, prove_renewal
-from vector_keys import Json, Key, b64, sha256, sign, unb64
+from vector_keys import Json, Key, b64, scatter, sha256, sign, unb64
 from vector_people import (
     A0,
     A0_AT,
@@ -33,6 +33,9 @@ from vector_people import (
 )
 
 OF_LINK = hash_of_link(INVITATION)
+
+# Of another message that has told Alice's new key.
+OTHER_HASH = b64(scatter("the hash of something else", 32))
 
 
 def bob_renews(old: Key = BOB, new: Key = NEW_BOB, /, **changes: Any) -> str:
@@ -68,6 +71,7 @@ def contexts_of_renewals() -> dict[str, Json]:
         "private": NEW_ALICE.private,
         "old_from": ALICE.pub,
         "old_private": ALICE.private,
+        "renewal_hashes": [OTHER_HASH, A_HASH],
     }
     return {
         "alice unshared, renewing": known["alice unshared"] | renewing,
@@ -379,14 +383,47 @@ def accepted_later_while_renewing() -> Iterator[Json]:
         state="unshared",
     )
     text = bob_renews(to=A2_AT)
+    hers = reply(B2, "renew", B2_AT, None, next=NEW_ALICE.pub, connectoid=A2_AT)
     yield accepted(
         "renew at the new address, while renewing",
         "alice paired, renewing",
         Box(A2, text),
         contact=NEW_BOB.pub,
-        old_from="",
+        old_from=ALICE.pub,
         current=A2_AT,
-        sent=[answered(B2, B2_AT, text, NEW_ALICE)],
+        sent=[hers, answered(B2, B2_AT, text, NEW_ALICE)],
+    )
+    yield from accepted_answers()
+
+
+def accepted_answers() -> Iterator[Json]:
+    """Yield answers to what has told the new key, and what a thief's `moved` has brought about."""
+    where = "alice paired, renewing"
+    for name, box, to, re in (
+        ("offer at the new address that answers an older word, while renewing",
+         A2, A2_AT, OTHER_HASH),
+        ("offer at the old address that answers a word, while renewing", A1, A1_AT, A_HASH),
+    ):
+        text = bobs("offer", to=to, re=re)
+        call = reply(B1, "call", B1_AT, hash_of(text), NEW_ALICE, connectoid=A2_AT)
+        yield accepted(name, where, Box(box, text), old_from="", sent=[call])
+    unproven: Json = {"current": A2_AT, "pending": None, "former": [A1_AT], "old_from": ALICE.pub}
+    stolen = bobs("moved", to=A2_AT, re=hash_of(alices("moved", connectoid=A2_AT)))
+    yield accepted(
+        "moved at the new address that answers the old key, while renewing",
+        where,
+        Box(A2, stolen),
+        **unproven,
+    )
+    offer = bobs("offer", to=A2_AT)
+    ahead = reply(B1, "renew", B1_AT, None, next=NEW_ALICE.pub, connectoid=A2_AT)
+    call = reply(B1, "call", B1_AT, hash_of(offer), NEW_ALICE, connectoid=A2_AT)
+    yield accepted(
+        "offer at the new address that answers nothing, while renewing",
+        where,
+        Box(A2, offer),
+        sent=[ahead, call],
+        **unproven,
     )
 
 

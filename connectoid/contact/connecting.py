@@ -10,7 +10,7 @@ import hmac
 import math
 from collections.abc import Mapping
 
-from connectoid.contact import outbox
+from connectoid.contact import outbox, renewal
 from connectoid.contact.effects import Close, Gather, Join, Write
 from connectoid.contact.machine import Attempt, Machine, can_connect
 from connectoid.contact.rules import RESTLESS, Table, make_table
@@ -279,6 +279,7 @@ def take_reply(machine: Machine, octets: bytes) -> str:
     """Connect if the other could open the challenge."""
     if not hmac.compare_digest(octets, machine.attempt.challenge):
         return refuse_channel(machine)
+    renewal.complete(machine, machine.attempt.offer, machine.attempt.answer)
     machine.tell("connected")
     machine.failed = 0
     return "connected"

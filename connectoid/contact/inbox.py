@@ -218,7 +218,7 @@ def take_numbered(machine: Machine, received: Received) -> None:
     """
     payload = received.message.payload
     machine.keep(seen_seq=payload["seq"], contact_address=payload["connectoid"])
-    renewal.complete(machine, received.own)
+    renewal.complete(machine, payload["re"])
     rotation.take_into_use(machine, received.own)
     kind = received.message.type
     if kind == "renew":

@@ -170,6 +170,8 @@ def say(machine: Machine, kind: str, re: str | None, **members: Any) -> str:
     address = machine.record.contact_address
     jws = sign(machine, kind, address, re, **members)
     message_hash = hash_jws(jws)
+    if machine.record.old_signer:
+        renewal.note_said(machine, message_hash)
     post(machine, address, jws, message_hash=message_hash)
     return message_hash
 
@@ -177,16 +179,20 @@ def say(machine: Machine, kind: str, re: str | None, **members: Any) -> str:
 def send_renew(machine: Machine) -> None:
     """Have the old key say which one follows it."""
     proof = renewal.prove(machine, _announced(machine, "renew").address)
-    say_by_old_key(machine, "renew", None, next=machine.record.signer, proof=proof)
+    message_hash = say_by_old_key(
+        machine, "renew", None, next=machine.record.signer, proof=proof)
+    renewal.note_said(machine, message_hash)
 
 
-def say_by_old_key(machine: Machine, kind: str, re: str | None, **members: Any) -> None:
-    """Send a last word of the key that a renewal replaces: `renew`, or `unshare`."""
+def say_by_old_key(machine: Machine, kind: str, re: str | None, **members: Any) -> str:
+    """Send `renew` or `unshare` by the key that a renewal replaces; return the hash."""
     record = machine.record
     address = record.contact_address
     members["from"] = record.old_signer
     payload = make_payload(machine, kind, address, re, **members)
-    post(machine, address, sign_jws(machine.suite, record.old_private_key, payload))
+    jws = sign_jws(machine.suite, record.old_private_key, payload)
+    post(machine, address, jws)
+    return hash_jws(jws)
 
 
 def sign(machine: Machine, kind: str, to: str, re: str | None, **members: Any) -> str:

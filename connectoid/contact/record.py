@@ -26,7 +26,8 @@ KEY_NEWS = ("", "renewed", "copied")
 _ADDRESSES = ("invited", "current", "pending")
 # What older records lack. They have `relays_named` in place of `named_relays`, and one address or
 # none as `former`.
-_LATER: Mapping[str, Any] = {"replaced": (), "named_relays": (), "relays_named": False}
+_LATER: Mapping[str, Any] = {
+    "replaced": (), "named_relays": (), "relays_named": False, "renewal_hashes": ()}
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ class ContactRecord:
     # The signing key before, which vouches for the present one until the contact has answered.
     old_private_key: str = field(default="", repr=False)
     old_signer: str = ""
+    # The hashes of what has told the contact of the present one, the newest last. Who answers one
+    # of them knows it.
+    renewal_hashes: tuple[str, ...] = ()
     # The other's signing key before the present one.
     former_contact: str = ""
     # One of KEY_NEWS, until the user says that all is well.
@@ -202,7 +206,7 @@ def _members_from_json(members: dict[str, Any]) -> dict[str, Any]:
     members["relays"] = tuple((url, ext) for url, ext in members["relays"])
     if members.pop("relays_named"):
         members["named_relays"] = urls_of(members["relays"])
-    for name in ("comparison", "used_to", "named_relays"):
+    for name in ("comparison", "used_to", "named_relays", "renewal_hashes"):
         members[name] = tuple(members[name])
     for name in _ADDRESSES:
         own = members[name]

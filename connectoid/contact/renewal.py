@@ -1,9 +1,8 @@
 """A new signing key in place of the old one: making, announcing and accepting it.
 
 The old key vouches for the new one, in `renew`, and signs nothing else any more. The new key signs
-all else from the start, and `renew` goes ahead of it until the contact has written to an address
-that was made with the new key. Then the old key is deleted. So it never matters which of the two
-keys the contact knows.
+all else from the start, and `renew` goes ahead of it until the contact has answered one of these
+messages. Then the old key is deleted. So it never matters which of the two keys the contact knows.
 
 PROTOCOL.md, "Renewal".
 """
@@ -14,9 +13,9 @@ import hashlib
 
 from connectoid.contact import rotation
 from connectoid.contact.machine import Machine, Received
-from connectoid.contact.record import OwnAddress
 from connectoid.encoding import decode_base64url, encode_base64url
 from connectoid.errors import Refused, UsageError
+from connectoid.limits import MAX_RENEWAL_HASHES
 from connectoid.messages import Message
 from connectoid.suite import CONTEXTS
 from connectoid.versions import RENEWAL_VERSION
@@ -109,15 +108,23 @@ def _tell_who_stays(machine: Machine, event: str) -> None:
         machine.tell(event)
 
 
-def complete(machine: Machine, own: OwnAddress) -> None:
-    """Delete the old key if the contact has written to an address that only the new one announced.
+def note_said(machine: Machine, message_hash: str) -> None:
+    """Remember the hash of a `renew`, or of what the new key has signed since."""
+    hashes = (*machine.record.renewal_hashes, message_hash)
+    machine.keep(renewal_hashes=hashes[-MAX_RENEWAL_HASHES:])
 
-    It knows that address from `renew`, or from what the new key has signed since.
+
+def complete(machine: Machine, *answered: str | None) -> None:
+    """Delete the old key if the contact answers a `renew`, or what the new key has signed since.
+
+    It does so with a message, or with a channel. What was said is sealed to the contact alone, so
+    nobody else knows the hashes. That it writes to the newest address proves nothing: the relay
+    sees the keys of its mailboxes, and who has a copy of the device can announce it.
     """
     record = machine.record
-    if record.old_signer and own == record.pending:
+    if record.old_signer and not set(record.renewal_hashes).isdisjoint(answered):
         is_told = machine.is_renewing
-        machine.keep(old_private_key="", old_signer="")
+        machine.keep(old_private_key="", old_signer="", renewal_hashes=())
         if is_told:
             machine.tell("renewed")
 

@@ -18,6 +18,7 @@ import { CONTEXTS } from "../suite.js";
 import { APART, canConnect } from "./machine.js";
 import * as outbox from "./outbox.js";
 import { KNOWN, addressesOf } from "./record.js";
+import * as renewal from "./renewal.js";
 import { RESTLESS, makeTable } from "./rules.js";
 
 /** @import { Bytes } from "../encoding.js" */
@@ -349,6 +350,7 @@ async function takeChallenge(machine, sealed) {
  */
 function takeReply(machine, octets) {
   if (!isSame(octets, machine.attempt.challenge)) return refuseChannel(machine);
+  renewal.complete(machine, [machine.attempt.offer, machine.attempt.answer]);
   machine.tell("connected");
   machine.failed = 0;
   return "connected";

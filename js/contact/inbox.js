@@ -276,7 +276,7 @@ async function take(machine, received) {
 async function takeNumbered(machine, received) {
   const { type, payload } = received.message;
   machine.keep({ seenSeq: payload.seq, contactAddress: payload.connectoid });
-  renewal.complete(machine, received.own);
+  renewal.complete(machine, [payload.re]);
   takeIntoUse(machine, received.own);
   if (type === "renew") {
     renewal.take(machine, received.message);

@@ -213,6 +213,7 @@ async function say(machine, type, re, members) {
   const { contactAddress } = machine.record;
   const jws = await sign(machine, type, contactAddress, re, members);
   const hash = await hashJws(jws);
+  if (machine.record.oldSigner) renewal.noteSaid(machine, hash);
   await post(machine, contactAddress, jws, { hash });
   return hash;
 }
@@ -223,11 +224,12 @@ async function say(machine, type, re, members) {
  */
 async function sendRenew(machine) {
   const proof = await renewal.prove(machine, announcedAddress(machine, "renew"));
-  await sayByOldKey(machine, "renew", null, { next: machine.record.signer, proof });
+  const members = { next: machine.record.signer, proof };
+  renewal.noteSaid(machine, await sayByOldKey(machine, "renew", null, members));
 }
 
 /**
- * Send a last word of the key that a renewal replaces: `renew`, or `unshare`.
+ * Send `renew` or `unshare` by the key that a renewal replaces; return the hash.
  * @param {Machine} machine
  * @param {string} type
  * @param {string | null} re
@@ -236,7 +238,9 @@ async function sendRenew(machine) {
 async function sayByOldKey(machine, type, re, members) {
   const { contactAddress, oldSigner: from, oldPrivateKey } = machine.record;
   const payload = makePayload(machine, type, contactAddress, re, { from, ...members });
-  await post(machine, contactAddress, await signJws(machine.suite, oldPrivateKey, payload));
+  const jws = await signJws(machine.suite, oldPrivateKey, payload);
+  await post(machine, contactAddress, jws);
+  return hashJws(jws);
 }
 
 /**

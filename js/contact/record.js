@@ -56,6 +56,7 @@ import { NUMBERED_FOR, PAIRING_STATES } from "./rules.js";
  * @property {string[]} namedRelays the URLs that the user has named, of relays with own addresses
  * @property {Key} oldPrivateKey vouches for the present one until the contact has answered
  * @property {string} oldSigner its public key
+ * @property {string[]} renewalHashes of what has told of the present one, the newest last
  * @property {string} formerContact the other's signing key before the present one
  * @property {string} keyNews one of KEY_NEWS, until the user says that all is well
  */
@@ -68,8 +69,11 @@ export const RECORD_VERSION = 1;
  */
 export const KEY_NEWS = ["", "renewed", "copied"];
 
-/** No renewal is under way. */
-export const NO_OLD_KEY = { oldPrivateKey: null, oldSigner: "" };
+/**
+ * No renewal is under way.
+ * @type {Pick<ContactRecord, "oldPrivateKey" | "oldSigner" | "renewalHashes">}
+ */
+export const NO_OLD_KEY = { oldPrivateKey: null, oldSigner: "", renewalHashes: [] };
 
 /** A record of which nothing is known. @type {ContactRecord} */
 export const BLANK = {

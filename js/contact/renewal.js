@@ -3,14 +3,15 @@
  * A new signing key in place of the old one: making, announcing and accepting it.
  *
  * The old key vouches for the new one, in `renew`, and signs nothing else any more. The new key
- * signs all else from the start, and `renew` goes ahead of it until the contact has written to an
- * address that was made with the new key. Then the old key is deleted. So it never matters which
- * of the two keys the contact knows. PROTOCOL.md, "Renewal".
+ * signs all else from the start, and `renew` goes ahead of it until the contact has answered one of
+ * these messages. Then the old key is deleted. So it never matters which of the two keys the
+ * contact knows. PROTOCOL.md, "Renewal".
  * @module
  */
 
 import { concat, decodeBase64url, encodeBase64url, toUtf8 } from "../encoding.js";
 import { Refused, UsageError } from "../errors.js";
+import { MAX_RENEWAL_HASHES } from "../limits.js";
 import { CONTEXTS, sha256 } from "../suite.js";
 import { RENEWAL_VERSION } from "../versions.js";
 import { NO_OLD_KEY } from "./record.js";
@@ -18,7 +19,6 @@ import { leaveInvitation, rotate } from "./rotation.js";
 
 /** @import { Message } from "../messages.js" */
 /** @import { Machine, Received } from "./machine.js" */
-/** @import { OwnAddress } from "./record.js" */
 
 /**
  * Make a new signing key and a new address; throw UsageError if this is not the time for it.
@@ -128,15 +128,27 @@ function tellWhoStays(machine, event) {
 }
 
 /**
- * Delete the old key if the contact has written to an address that only the new one announced.
- *
- * It knows that address from `renew`, or from what the new key has signed since.
+ * Remember the hash of a `renew`, or of what the new key has signed since.
  * @param {Machine} machine
- * @param {OwnAddress} own
+ * @param {string} hash
  */
-export function complete(machine, own) {
-  const { oldSigner, pending } = machine.record;
-  if (!oldSigner || own.address !== pending?.address) return;
+export function noteSaid(machine, hash) {
+  const hashes = [...machine.record.renewalHashes, hash];
+  machine.keep({ renewalHashes: hashes.slice(-MAX_RENEWAL_HASHES) });
+}
+
+/**
+ * Delete the old key if the contact answers a `renew`, or what the new key has signed since.
+ *
+ * It does so with a message, or with a channel. What was said is sealed to the contact alone, so
+ * nobody else knows the hashes. That it writes to the newest address proves nothing: the relay sees
+ * the keys of its mailboxes, and who has a copy of the device can announce it.
+ * @param {Machine} machine
+ * @param {(string | null)[]} answered
+ */
+export function complete(machine, answered) {
+  const { oldSigner, renewalHashes } = machine.record;
+  if (!oldSigner || !renewalHashes.some((hash) => answered.includes(hash))) return;
   const isTold = machine.isRenewing;
   machine.keep(NO_OLD_KEY);
   if (isTold) machine.tell("renewed");

@@ -5,10 +5,10 @@ import { test } from "node:test";
 
 import { Contact, UsageError, checkRecord } from "../connectoid.js";
 import { addressesOf } from "../contact/record.js";
-import { provenOctets } from "../contact/renewal.js";
+import { noteSaid, provenOctets } from "../contact/renewal.js";
 import { encodeBase64url } from "../encoding.js";
 import { ROUTINE } from "../errors.js";
-import { AGAIN_IDLE_S, MAX_SEQ_AHEAD_US, TELL_EVERY_S } from "../limits.js";
+import { AGAIN_IDLE_S, MAX_RENEWAL_HASHES, MAX_SEQ_AHEAD_US, TELL_EVERY_S } from "../limits.js";
 import { openMessage, readJws, sealMessage, signJws } from "../messages.js";
 import { RELAYS, SUITE, Wire, makeSdp, pair } from "./harness.mjs";
 
@@ -309,6 +309,68 @@ for (const name of ["Alice", "Bob"]) {
   });
 }
 
+for (const name of ["Alice", "Bob"]) {
+  test(`a thief who announces ${name}'s new address completes no renewal`, async () => {
+    const { wire, owner, other, otherName } = sides(await apart(), name);
+    const thief = copied(owner);
+    await wire.do(name, owner.renew(wire.now));
+    // The relay drops the renewal, and tells him the address. The contact writes there.
+    wire.boxes.clear();
+    const { address } = other.record.pending ?? other.record.current;
+    const connectoid = owner.record.pending.address;
+    for (const re of [null, encodeBase64url(new Uint8Array(32))]) {
+      await put(wire, other, await signedBy(
+        thief, "moved", address, { seq: wire.now.wallUs, re, connectoid }));
+      wire.nowS += 60;
+      await wire.poll(otherName);
+      await wire.poll(name);
+    }
+    assert.equal(owner.record.current.address, connectoid);
+    assert.equal(owner.record.oldSigner, other.record.contact);
+    assert.equal(toldOf(wire, name, "renewed"), 0);
+    // Her next word is heard all the same.
+    const again = copied(owner);
+    wire.contacts[name] = again;
+    await wire.do(name, again.tick(wire.now));
+    await wire.rounds(4);
+    assertAgreed(again, other);
+    assert.equal(toldOf(wire, name, "renewed"), 1);
+  });
+
+  for (const step of [1, 0, -1]) {
+    const later = MAX_RENEWAL_HASHES - step;
+    const counts = step > 0;
+    test(`an answer to what ${name} said ${later} words ago counts: ${counts}`, async () => {
+      const { wire, owner, other } = sides(await apart(), name);
+      await wire.do(name, owner.renew(wire.now));
+      const re = owner.record.renewalHashes.at(-1);
+      for (let number = 0; number < later; number += 1) noteSaid(owner.machine, `${number}`);
+      assert.ok(owner.record.renewalHashes.length <= MAX_RENEWAL_HASHES);
+      wire.boxes.clear();
+      const { address } = owner.record.pending;
+      await put(wire, owner, await signedBy(other, "moved", address, { seq: wire.now.wallUs, re }));
+      await wire.poll(name);
+      assert.equal(owner.record.oldSigner === "", counts);
+      assert.equal(toldOf(wire, name, "renewed"), counts ? 1 : 0);
+      assert.equal(owner.record.renewalHashes.length === 0, counts);
+    });
+  }
+}
+
+test("a channel over what the new key has signed completes a renewal", async () => {
+  const { wire, alice, bob } = await apart();
+  await wire.do("Alice", alice.renew(wire.now));
+  await wire.poll("Bob");
+  // His answer is lost, and nobody has called for his offer.
+  wire.boxes.clear();
+  assert.notEqual(alice.record.oldSigner, "");
+  await wire.do("Bob", bob.connect(wire.now));
+  await wire.rounds(6);
+  assert.deepEqual([alice.attempt.state, bob.attempt.state], ["connected", "connected"]);
+  assertAgreed(alice, bob);
+  assert.equal(toldOf(wire, "Alice", "renewed"), 1);
+});
+
 test("both may renew at once", async () => {
   const { wire, alice, bob } = await apart();
   await Promise.all(["Alice", "Bob"].map((name) => (
@@ -374,8 +436,9 @@ test("a renewal is a mistake too early, twice, or with an older app", async () =
 
 test("a record from before there were renewals opens", async () => {
   const { alice } = await apart();
-  const { oldPrivateKey, oldSigner, formerContact, ...before } = alice.record;
+  const { oldPrivateKey, oldSigner, renewalHashes, formerContact, ...before } = alice.record;
   assert.deepEqual([oldPrivateKey, oldSigner, formerContact], [null, "", ""]);
+  assert.deepEqual(renewalHashes, []);
   assert.deepEqual(checkRecord(before), alice.record);
 });
 

@@ -452,6 +452,7 @@ async function keep(known, rotatedUs) {
     linkHash: known.link_hash,
     oldPrivateKey: known.old_private ? await importKey(known.old_private, "ECDSA") : null,
     oldSigner: known.old_from,
+    renewalHashes: known.renewal_hashes,
     hello: known.hello,
     helloHash: known.hello_hash,
     welcome: known.welcome,

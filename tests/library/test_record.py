@@ -256,6 +256,7 @@ SAVED_MEMBERS = {
     "named_relays",
     "old_private_key",
     "old_signer",
+    "renewal_hashes",
     "former_contact",
     "key_news",
 }

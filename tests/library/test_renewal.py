@@ -346,6 +346,83 @@ def test_request_of_a_thief_in_the_round_of_the_renewal_is_not_acted_on(
     assert count(Send, effects) == 1
 
 
+@pytest.mark.parametrize("who", NAMES)
+def test_thief_who_announces_the_owners_new_address_completes_no_renewal(
+    toy: World, who: str
+) -> None:
+    """The relay drops the renewal, and tells him the address. The contact writes there."""
+    owner, other = sides(toy, who)
+    thief = owner.restarted()
+    renew(owner)
+    for own in other.record.addresses:
+        toy.drop(own.address)
+    to = newest(other).address
+    stolen = newest(owner).address
+    for re in (None, encode_base64url(bytes(32))):
+        put(other, signed_by(thief, "moved", to=to, seq=toy.wall_us, re=re, connectoid=stolen))
+        toy.advance(MINUTE_S)
+        other.poll()
+        owner.poll()
+    assert current_of(owner).address == stolen
+    assert owner.record.old_signer == other.record.contact
+    assert "renewed" not in owner.told
+    # Her next word is heard all the same, and so is her last one.
+    again = owner.restarted()
+    again.tick()
+    settle(again, other)
+    assert is_agreed(again, other)
+    assert again.told.count("renewed") == 1
+
+
+@pytest.mark.parametrize("who", NAMES)
+@pytest.mark.parametrize(
+    ("later", "counts"),
+    [(limits.MAX_RENEWAL_HASHES - step, step > 0) for step in (1, 0, -1)],
+)
+def test_answer_to_one_of_the_newest_words_completes_a_renewal(
+    toy: World, who: str, later: int, counts: bool
+) -> None:
+    owner, other = sides(toy, who)
+    renew(owner)
+    said = owner.record.renewal_hashes[-1]
+    for number in range(later):
+        renewal.note_said(owner.contact.machine, f"{number}")
+    assert len(owner.record.renewal_hashes) <= limits.MAX_RENEWAL_HASHES
+    owner.hear(signed_by(other, "moved", to=newest(owner).address, seq=toy.wall_us, re=said))
+    assert (owner.record.old_signer == "") == counts
+    assert owner.told.count("renewed") == counts
+    assert (owner.record.renewal_hashes == ()) == counts
+
+
+def test_channel_over_what_the_new_key_has_signed_completes_a_renewal(toy: World) -> None:
+    alice, bob = apart(toy)
+    renew(alice)
+    bob.poll()
+    # His answer is lost, and nobody has called for his offer.
+    toy.drop(newest(alice).address)
+    assert alice.record.old_signer
+    bob.connect()
+    settle(alice, bob, rounds=20)
+    assert (alice.state, bob.state) == ("connected", "connected")
+    assert is_agreed(alice, bob)
+    assert alice.told.count("renewed") == 1
+
+
+def test_renewal_under_way_in_an_older_record_is_completed_by_the_next_answer(
+    toy: World,
+) -> None:
+    alice, bob = apart(toy)
+    renew(alice)
+    toy.drop(newest(bob).address)
+    members = json.loads(alice.saved)
+    del members["renewal_hashes"]
+    alice = alice.restarted(json.dumps(members))
+    assert alice.record.renewal_hashes == ()
+    alice.tick()
+    settle(alice, bob)
+    assert is_agreed(alice, bob)
+
+
 # -- Two devices with one key ------------------------------------------------------------
 
 

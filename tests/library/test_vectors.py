@@ -412,6 +412,7 @@ def keep(known: Any, now_us: int) -> ContactRecord:
         signer=known["from"],
         old_private_key=private(known["old_private"]) if known["old_private"] else "",
         old_signer=known["old_from"],
+        renewal_hashes=tuple(known["renewal_hashes"]),
         expires_us=NEVER_US,
         rotated_us=now_us,
         contact_address=known["connectoid"],

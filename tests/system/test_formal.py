@@ -40,7 +40,7 @@ CLAIMS = (
     Claim("rotation", "meets", ("CHANGES=2", "KEEPS_ONE"), is_true=False),
     Claim("renewal", "understood", (), is_true=True),
     Claim("renewal", "agree", (), is_true=True),
-    # Why the contact's key is no part of a proof (RENEW-4), and RENEW-7 waits for the new address.
+    # Why the contact's key is no part of a proof (RENEW-4), and a renewal waits for RENEW-7.
     Claim("renewal", "agree", ("PROVES_FOR_CONTACT",), is_true=False),
     Claim("renewal", "understood", ("ANYWHERE",), is_true=False),
     Claim("thief", "heard", (), is_true=True),
