@@ -62,7 +62,7 @@ def app_cases() -> Iterator[Json]:
 
 def contexts_of_apps() -> dict[str, Json]:
     """Return Alice's and Bob's contexts with a link that names the app."""
-    known = {"invitation": NAMED, "app": APP_ID}
+    known: Json = {"invitation": NAMED, "app": APP_ID}
     return {
         "alice invited, app": context(
             "inviter", "invited", {"invited": A0_AT}, **known, r=R, seq=0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from cases_small import listed
@@ -94,14 +95,16 @@ def context(
     addresses: dict[str, str],
     *,
     replaced: Sequence[str] = (),
-    former: Sequence[str] = (),
+    former: Mapping[str, int] = MappingProxyType({}),
     **members: Any,
 ) -> Json:
     """Return the knowledge of one side."""
     owns: Json = {name: own(address) for name, address in addresses.items()}
-    for name, several in (("replaced", replaced), ("former", former)):
-        if several:
-            owns[name] = [own(address) for address in several]
+    if replaced:
+        owns["replaced"] = [own(address) for address in replaced]
+    if former:
+        owns["former"] = [
+            {**own(address), "left_us": left_us} for address, left_us in former.items()]
     signers = {"inviter": ALICE, "opener": BOB}
     signer = signers[role]
     none = {
@@ -121,7 +124,6 @@ def context(
         "key_news": "",
         "seq": START + 2_000_000,
         "seen_seq": 0,
-        "left_us": 0,
     }
     return {
         "role": role,
@@ -153,7 +155,7 @@ def bound_of_alice() -> Json:
 
 def contexts_of_alice() -> dict[str, Json]:
     """Return Alice's contexts by name."""
-    link = {"invitation": INVITATION, "r": R}
+    link: Json = {"invitation": INVITATION, "r": R}
     bound = bound_of_alice()
     return {
         "alice invited": context("inviter", "invited", {"invited": A0_AT}, **link, seq=0),
@@ -175,23 +177,28 @@ def contexts_of_alice_paired() -> dict[str, Json]:
             "inviter",
             "paired",
             {"invited": A0_AT, "pending": A2_AT, "current": A1_AT},
-            former=(AF_AT,),
+            former={AF_AT: 0},
             **there,
         ),
         "alice paired, moving again soon": context(
             "inviter",
             "paired",
             {"invited": A0_AT, "pending": A2_AT, "current": A1_AT},
-            former=(AF_AT,),
-            left_us=NOW - MONTH + 1,
+            former={AF_AT: NOW - MONTH + 1},
             **there,
         ),
         "alice paired, moving again after a month": context(
             "inviter",
             "paired",
             {"invited": A0_AT, "pending": A2_AT, "current": A1_AT},
-            former=(AF_AT,),
-            left_us=NOW - MONTH,
+            former={AF_AT: NOW - MONTH},
+            **there,
+        ),
+        "alice paired, moving again often": context(
+            "inviter",
+            "paired",
+            {"invited": A0_AT, "pending": A2_AT, "current": A1_AT},
+            former={A4_AT: NOW - MONTH, AF_AT: NOW - MONTH + 1, A3_AT: NOW},
             **there,
         ),
         "alice paired, moved three times": context(
@@ -199,7 +206,7 @@ def contexts_of_alice_paired() -> dict[str, Json]:
             "paired",
             {"invited": A0_AT, "pending": A4_AT, "current": A1_AT},
             replaced=(A2_AT, A3_AT),
-            former=(AF_AT,),
+            former={AF_AT: 0},
             **there,
         ),
         "alice paired, seq poisoned": context(
@@ -219,7 +226,7 @@ def contexts_of_alice_paired() -> dict[str, Json]:
 
 def contexts_of_bob() -> dict[str, Json]:
     """Return Bob's contexts by name."""
-    known = {
+    known: Json = {
         "link_hash": hash_of_link(INVITATION),
         "hello_hash": hash_of(HELLO),
         "contact": ALICE.pub,
@@ -244,7 +251,7 @@ def contexts_of_bob() -> dict[str, Json]:
             "opener",
             "paired",
             {"pending": B2_AT, "current": B1_AT},
-            former=(BF_AT,),
+            former={BF_AT: 0},
             **known,
             seen_seq=SOON,
         ),
@@ -578,7 +585,8 @@ def accepted_addresses() -> Iterator[Json]:
         seen_seq=LATE,
         sent=[reply(B1, "call", B1_AT, hash_of(pending))],
     )
-    for when, stay in (("soon", [AF_AT]), ("after a month", [])):
+    stays = {"soon": [AF_AT], "after a month": [], "often": [AF_AT, A3_AT]}
+    for when, stay in stays.items():
         yield accepted(
             f"a message at the pending address, moving again {when}",
             f"alice paired, moving again {when}",

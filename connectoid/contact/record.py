@@ -24,10 +24,10 @@ RECORD_VERSION = 1
 # have named one each.
 KEY_NEWS = ("", "renewed", "copied")
 _ADDRESSES = ("invited", "current", "pending")
-# What older records lack. They have `relays_named` in place of `named_relays`, and one address or
-# none as `former`.
+# What older records lack. They have `relays_named` in place of `named_relays`, one address or none
+# as `former`, and one `left_us` for all of them.
 _LATER: Mapping[str, Any] = {
-    "replaced": (), "named_relays": (), "relays_named": False, "renewal_hashes": ()}
+    "replaced": (), "named_relays": (), "relays_named": False, "renewal_hashes": (), "left_us": 0}
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class OwnAddress:
 
     address: str
     keys: tuple[str, ...] = field(repr=False)
+    # The time when it was left for a newer one.
+    left_us: int = 0
 
     @functools.cached_property
     def mailboxes(self) -> tuple[Mailbox, ...]:
@@ -84,10 +86,9 @@ class ContactRecord:
     pending: OwnAddress | None = None
     # Announced and replaced, the oldest first. The contact may know no newer address.
     replaced: tuple[OwnAddress, ...] = ()
-    # Left for a newer one, the oldest first. Polled until another comes into use, 30 days later.
+    # Left for a newer one, the oldest first. Each is polled until another comes into use, 30 days
+    # later.
     former: tuple[OwnAddress, ...] = ()
-    # The time when the newest of them was left.
-    left_us: int = 0
     # The time when the newest address was made, or when the current one came into use, if later.
     rotated_us: int = 0
     # The other's signing key.
@@ -187,7 +188,7 @@ class ContactRecord:
             if kind in ("str", "int", "bool") and type(value).__name__ != kind:
                 raise ValueError(name)
         for own in self.addresses:
-            if len(own.mailboxes) != len(own.keys):
+            if len(own.mailboxes) != len(own.keys) or type(own.left_us) is not int:
                 raise ValueError
 
 
@@ -197,7 +198,10 @@ def _places(own: OwnAddress) -> list[tuple[str, str | None]]:
 
 
 def _address_to_json(own: OwnAddress) -> dict[str, Any]:
-    return {"address": own.address, "keys": own.keys}
+    members = {"address": own.address, "keys": own.keys}
+    if own.left_us:
+        return {**members, "left_us": own.left_us}
+    return members
 
 
 def _members_from_json(members: dict[str, Any]) -> dict[str, Any]:
@@ -214,6 +218,8 @@ def _members_from_json(members: dict[str, Any]) -> dict[str, Any]:
             members[name] = _address_from_json(own)
     if not isinstance(members["former"], list):
         members["former"] = [own for own in (members["former"],) if own is not None]
+    left_us = members.pop("left_us")
+    members["former"] = [{"left_us": left_us, **own} for own in members["former"]]
     for name in ("replaced", "former"):
         members[name] = tuple(_address_from_json(own) for own in members[name])
     return members
@@ -225,4 +231,4 @@ def urls_of(relays: Relays) -> tuple[str, ...]:
 
 
 def _address_from_json(own: dict[str, Any]) -> OwnAddress:
-    return OwnAddress(own["address"], tuple(own["keys"]))
+    return OwnAddress(own["address"], tuple(own["keys"]), own.get("left_us", 0))

@@ -5,6 +5,8 @@ PROTOCOL.md, "Rotation".
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from connectoid.contact.effects import Now
 from connectoid.contact.machine import Machine
 from connectoid.contact.record import OwnAddress, Relays, urls_of
@@ -112,7 +114,7 @@ def take_into_use(machine: Machine, own: OwnAddress) -> None:
     """Make an address current if it is newer than that one: the contact has written to it.
 
     Those that are older become former ones. A copy of the contact's device may have written here,
-    and its owner may know any of those. So they stay until the next address comes into use, and
+    and its owner may know any of those. So each stays until the next address comes into use, and
     for 30 days at least.
     """
     record = machine.record
@@ -130,18 +132,19 @@ def take_into_use(machine: Machine, own: OwnAddress) -> None:
         current=own,
         pending=record.pending if newer else None,
         replaced=newer[:-1],
-        former=(*_left_lately(machine), *left),
-        left_us=machine.now.wall_us,
+        former=(
+            *_left_lately(machine),
+            *(replace(older, left_us=machine.now.wall_us) for older in left),
+        ),
         rotated_us=machine.now.wall_us,
     )
 
 
 def _left_lately(machine: Machine) -> tuple[OwnAddress, ...]:
-    """Return the former addresses that have to stay: the last of them was left lately."""
-    age_us = machine.now.wall_us - machine.record.left_us
-    if not 0 <= age_us < ROTATION_US:
-        return ()
-    return machine.record.former
+    """Return the former addresses that have to stay: those that were left lately."""
+    now_us = machine.now.wall_us
+    return tuple(
+        own for own in machine.record.former if 0 <= now_us - own.left_us < ROTATION_US)
 
 
 def leave_invitation(machine: Machine) -> None:

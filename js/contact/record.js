@@ -16,8 +16,9 @@ import { NUMBERED_FOR, PAIRING_STATES } from "./rules.js";
 /** @import { Role } from "./rules.js" */
 
 /**
- * An address of one's own, with the private keys of its mailboxes in order.
- * @typedef {{address: string, keys: Key[]}} OwnAddress
+ * An address of one's own, with the private keys of its mailboxes in order. A former one has the
+ * time when it was left.
+ * @typedef {{address: string, keys: Key[], leftUs?: number}} OwnAddress
  *
  * @typedef {object} ContactRecord
  * @property {number} version
@@ -40,7 +41,6 @@ import { NUMBERED_FOR, PAIRING_STATES } from "./rules.js";
  * @property {OwnAddress | null} pending was announced, and nothing came there yet
  * @property {OwnAddress[]} replaced were announced, the oldest first; the other may know no newer
  * @property {OwnAddress[]} former left for a newer one, the oldest first
- * @property {number} leftUs when the newest of them was left
  * @property {number} rotatedUs
  * @property {string} contact the other's signing key
  * @property {string} contactAddress
@@ -97,7 +97,6 @@ export const BLANK = {
   pending: null,
   replaced: [],
   former: [],
-  leftUs: 0,
   rotatedUs: 0,
   contact: "",
   contactAddress: "",
@@ -176,19 +175,20 @@ export function checkRecord(kept) {
 }
 
 /**
- * Return a record with what older ones lack. They have `relaysNamed` in place of `namedRelays`, and
- * one address or none as `former`.
+ * Return a record with what older ones lack. They have `relaysNamed` in place of `namedRelays`, one
+ * address or none as `former`, and one `leftUs` for all of them.
  * @param {any} kept
  */
 function withLater(kept) {
   if (!isObject(kept)) return kept;
-  const { relaysNamed, ...others } = kept;
+  const { relaysNamed, leftUs = 0, ...others } = kept;
+  const former = [others.former].flat().filter((own) => own !== null);
   const namedRelays = relaysNamed === true ? urlsOf(others.relays) : [];
   return {
     differs: false, protocol: 1, app: "", replaced: [], namedRelays, ...NO_OLD_KEY,
-    formerContact: "", keyNews: "", leftUs: 0,
+    formerContact: "", keyNews: "",
     ...others,
-    former: [others.former].flat().filter((own) => own !== null),
+    former: former.map((own) => ({ leftUs, ...own })),
   };
 }
 
@@ -205,11 +205,14 @@ export function urlsOf(relays) {
  * @returns {record is ContactRecord}
  */
 function isRecord(record) {
+  /** @type {OwnAddress[]} */
+  const former = record.former;
   return Object.entries(BLANK).every(([name, blank]) => isLike(record[name], blank))
     && Object.hasOwn(PAIRING_STATES, record.state)
     && Object.hasOwn(NUMBERED_FOR, record.role)
     && KEY_NEWS.includes(record.keyNews)
-    && addressesOf(record).every(isOwnAddress);
+    && addressesOf(record).every(isOwnAddress)
+    && former.every(({ leftUs }) => Number.isInteger(leftUs));
 }
 
 /**

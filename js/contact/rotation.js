@@ -129,7 +129,7 @@ function isOld(machine) {
  * Make an address current if it is newer than that one: the contact has written to it.
  *
  * Those that are older become former ones. A copy of the contact's device may have written here,
- * and its owner may know any of those. So they stay until the next address comes into use, and for
+ * and its owner may know any of those. So each stays until the next address comes into use, and for
  * 30 days at least.
  * @param {Machine} machine
  * @param {OwnAddress} own
@@ -146,19 +146,20 @@ export function takeIntoUse(machine, own) {
     current: own,
     pending: newer.length ? pending : null,
     replaced: newer.slice(0, -1),
-    former: [...leftLately(machine), ...left],
-    leftUs: wallUs,
+    former: [...leftLately(machine), ...left.map((older) => ({ ...older, leftUs: wallUs }))],
     rotatedUs: wallUs,
   });
 }
 
 /**
- * Return the former addresses that have to stay: the last of them was left lately.
+ * Return the former addresses that have to stay: those that were left lately.
  * @param {Machine} machine
  */
 function leftLately({ now, record }) {
-  const ageUs = now.wallUs - record.leftUs;
-  return ageUs >= 0 && ageUs < ROTATION_US ? record.former : [];
+  return record.former.filter(({ leftUs = 0 }) => {
+    const ageUs = now.wallUs - leftUs;
+    return ageUs >= 0 && ageUs < ROTATION_US;
+  });
 }
 
 /**

@@ -10,10 +10,10 @@ import {
 import { MAX_STEP_MESSAGES } from "../contact/contact.js";
 import { REPEATABLE } from "../contact/effects.js";
 import { addressesOf } from "../contact/record.js";
+import { takeIntoUse } from "../contact/rotation.js";
 import {
   AGAIN_AFTER_ANSWER_S, AGAIN_IDLE_S, MAX_ADDRESS_CHARS, MAX_APP_CHARS, MAX_CANDIDATES,
-  MAX_REPLACED, MAX_URL_CHARS,
-  POLL_FAST_S, POLL_SLOW_S, TELL_EVERY_S,
+  MAX_REPLACED, MAX_URL_CHARS, POLL_FAST_S, POLL_SLOW_S, ROTATION_US, TELL_EVERY_S,
 } from "../limits.js";
 import { PYTHON, RELAYS, SUITE, Wire, here, makeSdp, pair, start } from "./harness.mjs";
 
@@ -151,6 +151,32 @@ async function pairAtRest(wire) {
   await wire.rounds(3);
   assert.deepEqual([alice.record.pending, bob.record.pending], [null, null]);
   return { alice, bob };
+}
+
+for (const step of [-1, 0, 1]) {
+  test(`a former address stays for a month by itself: ${step} s more`, async () => {
+    const wire = new Wire();
+    const { alice } = await pairAtRest(wire);
+    const addresses = [alice.record.current.address];
+    const begunS = wire.nowS;
+    const monthS = ROTATION_US / 1e6;
+    for (const partS of [0, monthS / 2, monthS + step]) {
+      wire.nowS = begunS + partS;
+      // Nobody rotates by time meanwhile.
+      await wire.do("Alice", alice.move(wire.now, RELAYS));
+      const own = alice.record.pending;
+      takeIntoUse(alice.machine, own);
+      addresses.push(own.address);
+    }
+    const left = alice.record.former.map(({ address }) => address);
+    assert.equal(left.includes(addresses[0]), step < 0);
+    assert.deepEqual(left.slice(-2), addresses.slice(1, 3));
+    // An older record has one time for all.
+    const former = alice.record.former.map(({ address, keys }) => ({ address, keys }));
+    const opened = checkRecord({ ...alice.record, former, leftUs: 5 });
+    assert.deepEqual(opened.former, former.map((own) => ({ ...own, leftUs: 5 })));
+    assert.throws(() => checkRecord({ ...alice.record, former, leftUs: "soon" }), /damaged/);
+  });
 }
 
 /** Let a user change relays, and give up the attempt to connect. */

@@ -424,6 +424,7 @@ async function own(known) {
     ? {
         address: known.address,
         keys: await Promise.all(known.private.map((scalar) => importKey(scalar))),
+        ...("left_us" in known && { leftUs: known.left_us }),
       }
     : null;
 }
@@ -463,7 +464,6 @@ async function keep(known, rotatedUs) {
     pending,
     replaced,
     former,
-    leftUs: known.left_us,
     rotatedUs,
     contact: known.contact,
     formerContact: known.former_contact,

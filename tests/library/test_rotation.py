@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from fake_wire import (
 from connectoid import (
     Contact,
     ContactRecord,
+    RecordError,
     Save,
     Send,
     Store,
@@ -341,8 +343,44 @@ def test_nobody_moves_or_renews_while_more_than_eight_addresses_were_left_lately
         toy.advance(limits.ROTATION_US / 1e6)
         alice.tick()
         write_to(alice, newest(alice).address, bob)
-        assert alice.record.former == (before.current,)
+        assert before.current
+        assert [own.address for own in alice.record.former] == [before.current.address]
     move(alice)
+
+
+@pytest.mark.parametrize(
+    ("age_us", "stays"),
+    [(limits.ROTATION_US - 1, True), (limits.ROTATION_US, False), (limits.ROTATION_US + 1, False)],
+)
+def test_former_address_goes_a_month_after_it_was_left_whatever_was_left_later(
+    toy: World, age_us: int, stays: bool
+) -> None:
+    alice, bob = at_rest(toy)
+    addresses = [current_of(alice).address]
+    begun_us = toy.wall_us
+    for part_us in (0, limits.ROTATION_US // 2, age_us):
+        toy.advance((begun_us + part_us - toy.wall_us) / 1e6)
+        addresses.append(move(alice))
+        write_to(alice, addresses[-1], bob)
+    oldest, *later = addresses[:-1]
+    left = [own.address for own in alice.record.former]
+    assert left[-2:] == later
+    assert (oldest in left) == stays
+    assert left == [own.address for own in alice.restarted().record.former]
+
+
+def test_record_with_one_time_for_all_former_addresses_opens(toy: World) -> None:
+    alice, bob = at_rest(toy)
+    for _ in range(2):
+        write_to(alice, move(alice), bob)
+    members = json.loads(alice.saved)
+    for own in members["former"]:
+        del own["left_us"]
+    members["left_us"] = toy.wall_us
+    assert ContactRecord.from_json(json.dumps(members)) == alice.record
+    members["former"][0]["left_us"] = "soon"
+    with pytest.raises(RecordError):
+        ContactRecord.from_json(json.dumps(members))
 
 
 def test_rotation_takes_the_half_of_a_key_that_has_come_since(toy: World) -> None:

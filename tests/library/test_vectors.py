@@ -369,7 +369,10 @@ def test_question_of_the_relays_vectors_must_not_open(case: Any) -> None:
 
 def own(known: Any) -> OwnAddress | None:
     """Return an address of a context."""
-    return OwnAddress(known["address"], tuple(map(private, known["private"]))) if known else None
+    if not known:
+        return None
+    keys = tuple(map(private, known["private"]))
+    return OwnAddress(known["address"], keys, known.get("left_us", 0))
 
 
 SAME = (
@@ -387,7 +390,6 @@ SAME = (
     "app",
     "link_hash",
     "key_news",
-    "left_us",
 )
 
 
