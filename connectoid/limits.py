@@ -142,6 +142,11 @@ MOVED_EVERY_S = 86_400.0
 # before.
 REPEAT_S = 60.0
 
+# Answers to `renew` beyond one in REPEAT_S, which take as long to come back. A user needs one, and
+# one more where both renew at once. A contact renews as often as they like, and each answer goes to
+# three mailboxes of their choice, at somebody else's relay.
+MAX_RENEWAL_ANSWERS = 3
+
 # Between two events of a kind that others can bring about as often as they like: an app that shows
 # each would be theirs to fill. All that they tell of counts all the same.
 TELL_EVERY_S = 3_600.0

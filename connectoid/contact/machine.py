@@ -23,6 +23,7 @@ from connectoid.limits import (
     BURST_PER_S,
     MAX_BURST_MESSAGES,
     MAX_NEWLY_TOLD,
+    MAX_RENEWAL_ANSWERS,
     POLL_FAST_FOR_S,
     REPEAT_S,
     TELL_EVERY_S,
@@ -162,6 +163,9 @@ class Machine:
         # The times of the last welcome, used and unshare that were sent as replies.
         self.repeated_s: dict[str, float] = {}
 
+        # The answers to `renew` that went out lately.
+        self.renewal_answers = Burst(1 / REPEAT_S)
+
         # The times when the events of REPEATABLE were told last.
         self.told_s: dict[str, float] = {}
 
@@ -261,6 +265,14 @@ class Machine:
         if self.now.monotonic_s - last_s < REPEAT_S:
             return False
         self.repeated_s[kind] = self.now.monotonic_s
+        return True
+
+    def may_answer_renewal(self) -> bool:
+        """Return whether one more answer to a `renew` may go out now. If so, it counts."""
+        now_s = self.now.monotonic_s
+        if self.renewal_answers.left(now_s) > MAX_RENEWAL_ANSWERS - 1:
+            return False
+        self.renewal_answers.note(1, now_s)
         return True
 
     def may_tell(self, event: str) -> bool:

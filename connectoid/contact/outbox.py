@@ -143,12 +143,14 @@ def announce_if_due(machine: Machine) -> None:
 def answer_moved(machine: Machine, message: Message) -> None:
     """Write to the contact's new address, so that it can let go of an older one, or of its old key.
 
-    A `renew` that was accepted is the only one of its key, and always answered: the `moved` that
-    follows it may have come first, to another mailbox.
+    A `renew` that was accepted is the only one of its key, and a few are answered at any time: the
+    `moved` that follows it may have come first, to another mailbox. What is not answered is made up
+    for by the next `moved`.
     """
     if message.payload["re"] is not None:
         return
-    if machine.may_repeat("moved") or message.type == "renew":
+    is_due = machine.may_repeat("moved")
+    if is_due or (message.type == "renew" and machine.may_answer_renewal()):
         send_moved(machine, message.hash)
 
 

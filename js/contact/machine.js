@@ -10,8 +10,8 @@
 import { Burst } from "../burst.js";
 import { NOTHING } from "../encoding.js";
 import {
-  ACTIVE_S, BURST_PER_S, MAX_BURST_MESSAGES, MAX_NEWLY_TOLD, POLL_FAST_FOR_S,
-  REPEAT_S, TELL_EVERY_S, ZERO_EVERY_S,
+  ACTIVE_S, BURST_PER_S, MAX_BURST_MESSAGES, MAX_NEWLY_TOLD, MAX_RENEWAL_ANSWERS,
+  POLL_FAST_FOR_S, REPEAT_S, TELL_EVERY_S, ZERO_EVERY_S,
 } from "../limits.js";
 import { REPEATABLE } from "./effects.js";
 import { LASTING } from "./rules.js";
@@ -180,6 +180,9 @@ export class Machine {
     /** @type {Map<string, number>} */
     this.toldS = new Map();
 
+    // The answers to `renew` that went out lately.
+    this.renewalAnswers = new Burst(1 / REPEAT_S);
+
     // When keys were told for the first time that the link is used, the newest last.
     /** @type {number[]} */
     this.newlyToldS = [];
@@ -342,6 +345,14 @@ export class Machine {
     const lastS = this.toldS.get(event) ?? -Infinity;
     if (this.now.monotonicS - lastS < TELL_EVERY_S) return false;
     this.toldS.set(event, this.now.monotonicS);
+    return true;
+  }
+
+  /** Say whether one more answer to a `renew` may go out now; if so it counts. */
+  mayAnswerRenewal() {
+    const { monotonicS } = this.now;
+    if (this.renewalAnswers.left(monotonicS) > MAX_RENEWAL_ANSWERS - 1) return false;
+    this.renewalAnswers.note(1, monotonicS);
     return true;
   }
 

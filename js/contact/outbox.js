@@ -183,14 +183,16 @@ export async function announceIfDue(machine) {
 /**
  * Write to the contact's new address, so that it can let go of an older one, or of its old key.
  *
- * A `renew` that was accepted is the only one of its key, and always answered: the `moved` that
- * follows it may have come first, to another mailbox.
+ * A `renew` that was accepted is the only one of its key, and a few are answered at any time: the
+ * `moved` that follows it may have come first, to another mailbox. What is not answered is made up
+ * for by the next `moved`.
  * @param {Machine} machine
  * @param {Message} message
  */
 export async function answerMoved(machine, { type, payload, hash }) {
   if (payload.re !== null) return;
-  if (machine.mayRepeat("moved") || type === "renew") await sendMoved(machine, hash);
+  const isDue = machine.mayRepeat("moved");
+  if (isDue || (type === "renew" && machine.mayAnswerRenewal())) await sendMoved(machine, hash);
 }
 
 // -- What all of them need ---------------------------------------------------------------

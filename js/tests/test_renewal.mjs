@@ -8,7 +8,9 @@ import { addressesOf } from "../contact/record.js";
 import { noteSaid, provenOctets } from "../contact/renewal.js";
 import { encodeBase64url } from "../encoding.js";
 import { ROUTINE } from "../errors.js";
-import { AGAIN_IDLE_S, MAX_RENEWAL_HASHES, MAX_SEQ_AHEAD_US, TELL_EVERY_S } from "../limits.js";
+import {
+  AGAIN_IDLE_S, MAX_RENEWAL_ANSWERS, MAX_RENEWAL_HASHES, MAX_SEQ_AHEAD_US, TELL_EVERY_S,
+} from "../limits.js";
 import { openMessage, readJws, sealMessage, signJws } from "../messages.js";
 import { RELAYS, SUITE, Wire, makeSdp, pair } from "./harness.mjs";
 
@@ -487,5 +489,34 @@ for (const [afterS, times] of [[-1, 1], [0, 2], [1, 2]]) {
     }
     assert.equal(alice.record.contact, bob.record.signer);
     assert.equal(toldOf(wire, "Alice", "contact_renewed"), times);
+  });
+}
+
+for (const step of [-1, 0, 1]) {
+  test(`one who renews without end gets few replies: ${step} more`, async () => {
+    const { wire, alice, bob } = await apart();
+    wire.nowS += 60;
+    const most = 1 + MAX_RENEWAL_ANSWERS;
+    let sent = 0;
+    for (let number = 0; number < most + step; number += 1) {
+      // He waits for no answer.
+      const { record } = wire.contacts.Bob;
+      wire.contacts.Bob = new Contact(SUITE, checkRecord({
+        ...record, oldPrivateKey: null, oldSigner: "", pending: null, replaced: [],
+      }));
+      await wire.do("Bob", wire.contacts.Bob.renew(wire.now));
+      const { seq } = alice.record;
+      await wire.poll("Alice");
+      if (alice.record.seq !== seq) sent += 1;
+      wire.nowS += 1;
+    }
+    assert.equal(sent, most + Math.min(step, 0));
+    assert.equal(alice.record.contact, wire.contacts.Bob.record.signer);
+    // What was left out is made up for.
+    wire.nowS += AGAIN_IDLE_S;
+    await wire.do("Bob", wire.contacts.Bob.tick(wire.now));
+    await wire.rounds(4);
+    assertAgreed(alice, wire.contacts.Bob);
+    assert.notEqual(alice.record.contact, bob.record.signer);
   });
 }

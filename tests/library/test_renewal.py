@@ -815,17 +815,40 @@ def test_thief_cannot_join_the_proof_of_the_owner_with_an_address_of_his_own(
     assert current_of(owner).address == other.record.contact_address
 
 
-def test_one_who_renews_without_end_gets_one_reply_for_each_key(toy: World) -> None:
-    alice, bob = apart(toy)
+def renew_without_end(
+    alice: App, bob: App, keys: int, gap_s: float = 1.0
+) -> tuple[App, int]:
+    """Have Bob renew and wait for no answer; return him, and how many she sends."""
     sent = 0
-    for number in range(1, 40):
-        before = bob.record
+    for _ in range(keys):
         renew(bob)
         sent += count(Send, alice.poll())
-        toy.advance(1.0)
-        # Bob does not wait for an answer.
+        alice.world.advance(gap_s)
         record = {**json.loads(bob.saved), "old_private_key": "", "old_signer": ""}
         bob = bob.restarted(json.dumps({**record, "pending": None, "replaced": []}))
-        assert before.signer != bob.record.signer, number
-    assert sent == 39
     assert alice.record.contact == bob.record.signer
+    return bob, sent
+
+
+@pytest.mark.parametrize("step", [-1, 0, 1])
+def test_one_who_renews_without_end_gets_few_replies(toy: World, step: int) -> None:
+    alice, bob = apart(toy)
+    most = 1 + limits.MAX_RENEWAL_ANSWERS
+    bob, sent = renew_without_end(alice, bob, most + step)
+    assert sent == most + min(step, 0)
+    # In the long run two a minute.
+    _, sent = renew_without_end(alice, bob, 60, gap_s=10.0)
+    assert sent <= 2 * 10 + most
+
+
+@pytest.mark.parametrize("who", NAMES)
+def test_answer_to_a_renewal_that_was_left_out_is_made_up_for(toy: World, who: str) -> None:
+    owner, other = sides(toy, who)
+    owner, _ = renew_without_end(other, owner, 1 + limits.MAX_RENEWAL_ANSWERS)
+    renew(owner)
+    assert count(Send, other.poll()) == 0
+    assert owner.record.old_signer
+    toy.advance(limits.AGAIN_IDLE_S)
+    owner.tick()
+    settle(owner, other)
+    assert is_agreed(owner, other)
