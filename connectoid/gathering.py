@@ -5,6 +5,9 @@ then tells what it has. But many machines have an address to which nothing comes
 a Docker without containers, or a tunnel into a company. So a connection of aioice gets another
 method to gather with. It asks all servers at once, and takes what is there when the time is over.
 
+It looks names up in daemon threads, too: aioice does it in the executor of the loop, whose few
+threads are everybody's, and hold up the end of the process.
+
 aioice has no setting for it. Another version may have other names: then no server is asked.
 """
 
@@ -14,10 +17,14 @@ import asyncio
 import contextlib
 import importlib
 import ipaddress
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from connectoid.lookups import Lookups, few_of
 from connectoid.shown import shown
+from connectoid.thrifty_tls import expect_name
 from connectoid.turn_stream import bound_turn_streams
 
 # For candidates: what a server has not said by then is left out.
@@ -50,13 +57,18 @@ class IceServer(NamedTuple):
     transport: str
     username: str | None
     credential: str | None
+    # Its place among what the connection is made with: who named it.
+    entry: int
 
     def __repr__(self) -> str:
         """Return the URL: logs show no passwords."""
         return f"IceServer({self.url!r})"
 
 
-def read_server(server: Any) -> list[IceServer]:
+LookUp: TypeAlias = Callable[[IceServer], Awaitable[list[str]]]
+
+
+def read_server(server: Any, entry: int = 0) -> list[IceServer]:
     """Return the URLs of an ICE server, a URL or a mapping, as servers; raise ValueError."""
     if not isinstance(server, Mapping):
         server = {"urls": server}
@@ -64,12 +76,14 @@ def read_server(server: Any) -> list[IceServer]:
     if isinstance(urls, str):
         urls = [urls]
     return [
-        _read_url(url, server.get("username"), server.get("credential"))
+        _read_url(url, server.get("username"), server.get("credential"), entry)
         for url in urls if not url.startswith(STUN_BY_IPV6)
     ]
 
 
-def _read_url(url: str, username: str | None, credential: str | None) -> IceServer:
+def _read_url(
+    url: str, username: str | None, credential: str | None, entry: int,
+) -> IceServer:
     try:
         parsed = importlib.import_module("aiortc.rtcicetransport").parse_stun_turn_uri(url)
     except ValueError as error:
@@ -81,19 +95,47 @@ def _read_url(url: str, username: str | None, credential: str | None) -> IceServ
         raise ValueError(f"{url} cannot be used without a username and a credential")
     return IceServer(
         url, is_turn, parsed["host"], parsed["port"], parsed["scheme"] == "turns",
-        parsed.get("transport", "udp"), username, credential)
+        parsed.get("transport", "udp"), username, credential, entry)
+
+
+class ServerNames:
+    """Look the names of ICE servers up, for all connections of an adapter.
+
+    Relays lend TURN servers with any names. They take no place of the STUN servers, which are of
+    relays of one's own, and few of other contacts and of other relays.
+    """
+
+    def __init__(self, getaddrinfo: Callable[..., list[Any]] = socket.getaddrinfo) -> None:
+        self._stun = Lookups(getaddrinfo)
+        self._turn = Lookups(getaddrinfo)
+
+    async def addresses_of(self, contact: int, server: IceServer) -> list[str]:
+        """Return a few addresses of a server that is asked for a contact; raise OSError."""
+        if _is_address(server.host):
+            return [server.host]
+        asker = (contact, server.entry)
+        name = (server.host, server.port)
+        if server.is_turn:
+            kind = socket.SOCK_STREAM if server.transport == "tcp" else socket.SOCK_DGRAM
+            infos = await self._turn.look_up(asker, *name, socket.AF_UNSPEC, kind)
+        else:
+            # For IPv6 nobody translates addresses.
+            infos = await self._stun.look_up(asker, *name, socket.AF_INET, socket.SOCK_DGRAM)
+        return [info[4][0] for info in few_of(infos)]
 
 
 class Gathering:
     """Gather the candidates of one connection of aioice; `warn` is told what servers refuse."""
 
     def __init__(
-        self, connection: Any, servers: Sequence[IceServer], warn: Callable[[str], None], *,
-        relay_only: bool,
+        self, connection: Any, servers: Sequence[IceServer], look_up: LookUp,
+        warn: Callable[[str], None], *, relay_only: bool,
     ) -> None:
         self._aioice = importlib.import_module("aioice.ice")
         self._connection = connection
         self._servers = servers
+        self._look_up = look_up
+        self._found: dict[IceServer, asyncio.Future[list[str]]] = {}
         self._warn = warn
         self._relay_only = relay_only
         self._of_machine = connection.get_component_candidates
@@ -137,33 +179,53 @@ class Gathering:
                 self._warn(f"{server.url} cannot be used: it does not answer in time.")
 
     async def _ask_stun(self, protocol: Any, server: IceServer) -> Any:
+        (address, *_) = await self._addresses_of(server)
         candidate, _ = await self._aioice.server_reflexive_candidate(
-            protocol, (server.host, server.port))
+            protocol, (address, server.port))
         return candidate
 
+    def _addresses_of(self, server: IceServer) -> asyncio.Future[list[str]]:
+        """Look a server's name up, once for all addresses of this machine."""
+        if server not in self._found:
+            self._found[server] = asyncio.ensure_future(self._look_up(server))
+        return self._found[server]
+
     async def _ask_turn(self, component: int, server: IceServer) -> Any:
-        connection = self._connection
         try:
-            candidate, protocol = await self._aioice.relayed_candidate(
-                component=component,
-                hide_related_address=self._relay_only,
-                protocol_factory=lambda: self._aioice.StunProtocol(connection),
-                turn_server=(server.host, server.port),
-                turn_username=server.username,
-                turn_password=server.credential,
-                turn_ssl=server.is_tls,
-                turn_transport=server.transport,
-            )
+            candidate, protocol = await self._relayed(component, server)
         except Exception as error:
             self._warn(f"{server.url} cannot be used: {_words_of(error)}.")
             return None
-        connection._protocols.append(protocol)
+        self._connection._protocols.append(protocol)
         return candidate
+
+    async def _relayed(self, component: int, server: IceServer) -> tuple[Any, Any]:
+        """Return what the first address lends that can be reached; raise why none can."""
+        *others, last = await self._look_up(server)
+        for address in others:
+            with contextlib.suppress(OSError):
+                return await self._relayed_at(address, component, server)
+        return await self._relayed_at(last, component, server)
+
+    async def _relayed_at(
+        self, address: str, component: int, server: IceServer,
+    ) -> tuple[Any, Any]:
+        lent: tuple[Any, Any] = await self._aioice.relayed_candidate(
+            component=component,
+            hide_related_address=self._relay_only,
+            protocol_factory=lambda: self._aioice.StunProtocol(self._connection),
+            turn_server=(address, server.port),
+            turn_username=server.username,
+            turn_password=server.credential,
+            turn_ssl=_tls_of(server),
+            turn_transport=server.transport,
+        )
+        return lent
 
 
 def gather_in_time(
-    connection: Any, servers: Sequence[IceServer], warn: Callable[[str], None], *,
-    relay_only: bool,
+    connection: Any, servers: Sequence[IceServer], look_up: LookUp, warn: Callable[[str], None],
+    *, relay_only: bool,
 ) -> None:
     """Have a connection of aioice gather so."""
     aioice = importlib.import_module("aioice.ice")
@@ -171,8 +233,25 @@ def gather_in_time(
         warn("This version of aiortc is unknown here: STUN and TURN servers are not asked.")
         return
     bound_turn_streams()
-    gathering = Gathering(connection, servers, warn, relay_only=relay_only)
+    gathering = Gathering(connection, servers, look_up, warn, relay_only=relay_only)
     connection.get_component_candidates = gathering.get_component_candidates
+
+
+def _tls_of(server: IceServer) -> ssl.SSLContext | None:
+    """Return what a server's certificate is checked with: against its name, not its address."""
+    if not server.is_tls:
+        return None
+    context = ssl.create_default_context()
+    expect_name(context, server.host)
+    return context
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_ipv4(protocol: Any) -> bool:

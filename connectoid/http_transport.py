@@ -8,20 +8,15 @@ to no service of this machine or its networks: each address is looked at before 
 
 from __future__ import annotations
 
-import asyncio
-import collections
-import contextlib
 import datetime
 import ipaddress
 import os
 import re
 import socket
 import ssl
-import threading
 import urllib.parse
 import urllib.request
-import weakref
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias, cast
 
 try:
@@ -32,6 +27,7 @@ except ImportError:
     raise ImportError("Relays need the package aiohttp: pip install 'connectoid[webrtc]'") from None
 
 from connectoid.errors import UsageError
+from connectoid.lookups import Lookups, few_of
 from connectoid.networks import NAME_IT, is_private_host, is_public
 from connectoid.relay_client import MAX_REPLY_BYTES, ON_BEHALF_OF, TransportError
 from connectoid.thrifty_tls import make_context
@@ -65,14 +61,6 @@ HEADERS = {
     # Otherwise aiohttp tells every relay the versions of Python and of itself.
     "User-Agent": "connectoid",
 }
-# Host names that are looked up at a time, each in a thread of its own. A lookup whose name server
-# is silent takes half a minute.
-MAX_LOOKUPS = 32
-# ... on behalf of one contact. It may name many hosts, and holds up nobody but itself.
-MAX_LOOKUPS_OF_ONE = 2
-# Addresses of a host that are tried, for each of IPv4 and IPv6. A name may have thousands, and each
-# attempt takes a socket and a timer.
-MAX_ADDRESSES_OF_FAMILY = 2
 # Verdicts of OpenSSL on a certificate (X509_V_ERR_...): nobody that this device trusts has signed
 # it, or its time has not come, or is over.
 SIGNED_BY_NOBODY = (18, 19, 20, 21)
@@ -99,96 +87,29 @@ class Exchange:
 
 
 class DaemonResolver(aiohttp.abc.AbstractResolver):
-    """Look names up in daemon threads.
-
-    The executor of a loop would do it in threads that hold up the end of the process.
-    """
+    """Look names up in daemon threads, with few places for each on whose behalf it is."""
 
     def __init__(
         self, *, public_only: bool, getaddrinfo: Callable[..., list[Any]] = socket.getaddrinfo,
     ) -> None:
         self._public_only = public_only
-        self._getaddrinfo = getaddrinfo
-        self._places = asyncio.Semaphore(MAX_LOOKUPS)
-        # By on whose behalf it is. Those without a lookup go.
-        self._places_of: weakref.WeakValueDictionary[object, asyncio.Semaphore] = (
-            weakref.WeakValueDictionary())
+        self._lookups = Lookups(getaddrinfo)
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC,
     ) -> list[aiohttp.abc.ResolveResult]:
         """Return the addresses of a host that may be connected to; raise OSError."""
-        infos = await self._look_up_in_turn(host, port, family)
-        results = (result_of(host, info) for info in infos)
-        if not self._public_only:
-            return few_of(results)
-        public = few_of(result for result in results if is_of_others(result["host"]))
-        if infos and not public:
+        asker = ON_BEHALF_OF.get(host)
+        infos = await self._lookups.look_up(asker, host, port, family, socket.SOCK_STREAM)
+        allowed = infos
+        if self._public_only:
+            allowed = [info for info in infos if is_of_others(info[4][0])]
+        if infos and not allowed:
             raise OSError(PRIVATE)
-        return public
+        return [result_of(host, info) for info in few_of(allowed)]
 
     async def close(self) -> None:
         """Do nothing: a lookup ends by itself."""
-
-    async def _look_up_in_turn(
-        self, host: str, port: int, family: socket.AddressFamily,
-    ) -> list[Any]:
-        """Look a name up, once there is a place for whom it is, and then one of all."""
-        asker = ON_BEHALF_OF.get(host)
-        places = self._places_of.setdefault(asker, asyncio.Semaphore(MAX_LOOKUPS_OF_ONE))
-        await places.acquire()
-        try:
-            await self._places.acquire()
-        except asyncio.CancelledError:
-            places.release()
-            raise
-
-        def leave() -> None:
-            self._places.release()
-            places.release()
-
-        return await self._look_up(host, port, family, leave)
-
-    def _look_up(
-        self, host: str, port: int, family: socket.AddressFamily, leave: Callable[[], None],
-    ) -> asyncio.Future[list[Any]]:
-        """Begin a lookup, whose places become free when its thread ends."""
-        loop = asyncio.get_running_loop()
-        found: asyncio.Future[list[Any]] = loop.create_future()
-
-        def look_up() -> None:
-            try:
-                infos = self._getaddrinfo(host, port, family, socket.SOCK_STREAM)
-            except OSError as error:
-                report(settle, found, error)
-            except UnicodeError:
-                report(settle, found, OSError("no name of a host"))
-            else:
-                report(settle, found, infos)
-
-        def report(*call: Any) -> None:
-            # The loop may have ended meanwhile.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(leave)
-                loop.call_soon_threadsafe(*call)
-
-        thread = threading.Thread(target=look_up, daemon=True, name=f"look up {host}")
-        try:
-            thread.start()
-        except RuntimeError:
-            leave()
-            raise OSError("this machine has no room for another thread") from None
-        return found
-
-
-def settle(future: asyncio.Future[list[Any]], outcome: list[Any] | OSError) -> None:
-    """Give a future its result or its error, if anybody still waits for it."""
-    if future.done():
-        return
-    if isinstance(outcome, OSError):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
 
 
 def result_of(host: str, info: tuple[Any, ...]) -> aiohttp.abc.ResolveResult:
@@ -197,19 +118,6 @@ def result_of(host: str, info: tuple[Any, ...]) -> aiohttp.abc.ResolveResult:
     numeric = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
     return aiohttp.abc.ResolveResult(
         hostname=host, host=address[0], port=address[1], family=family, proto=proto, flags=numeric)
-
-
-def few_of(
-    results: Iterable[aiohttp.abc.ResolveResult],
-) -> list[aiohttp.abc.ResolveResult]:
-    """Return the first addresses of each family, in their order."""
-    counts: collections.Counter[int] = collections.Counter()
-    few = []
-    for result in results:
-        counts[result["family"]] += 1
-        if counts[result["family"]] <= MAX_ADDRESSES_OF_FAMILY:
-            few.append(result)
-    return few
 
 
 Read: TypeAlias = Callable[[], Awaitable[Any]]

@@ -8,6 +8,7 @@ by piece, and a connection ends that brings many without content.
 
 from __future__ import annotations
 
+import functools
 import ssl
 from typing import Any
 
@@ -100,3 +101,14 @@ def make_context() -> ssl.SSLContext:
     context.set_alpn_protocols(["http/1.1"])
     context.sslobject_class = ThriftyObject
     return context
+
+
+def expect_name(context: ssl.SSLContext, name: str) -> None:
+    """Have certificates checked against a name, also where a connection is made to an address."""
+    context.wrap_bio = functools.partial(  # type: ignore[method-assign]
+        _wrap_bio, context, name)
+
+
+def _wrap_bio(context: ssl.SSLContext, name: str, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+    kwargs["server_hostname"] = name
+    return ssl.SSLContext.wrap_bio(context, *args, **kwargs)

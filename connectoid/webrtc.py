@@ -15,7 +15,7 @@ from connectoid.certificates import verify_no_chain
 from connectoid.consent import Consent, keep_consent
 from connectoid.datagrams import bound_datagrams
 from connectoid.errors import UsageError
-from connectoid.gathering import IceServer, gather_in_time, read_server
+from connectoid.gathering import IceServer, ServerNames, gather_in_time, read_server
 from connectoid.ice import Ice
 from connectoid.local_names import bound_local_names
 from connectoid.reassembly import CHANNEL_LABEL, bound_association
@@ -143,10 +143,12 @@ class AiortcAdapter:
         self._peers: dict[int, Peer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._report: Report = _report_nothing
+        self._names: ServerNames
 
     def start(self, report: Report) -> None:
         """Begin: reports go there."""
         self._report = report
+        self._names = ServerNames()
         quiet_aiortc(asyncio.get_running_loop())
         bound_local_names()
 
@@ -271,8 +273,9 @@ class AiortcAdapter:
         verify_no_chain(sctp.transport)
         connection = sctp.transport.transport._connection
         warn = functools.partial(report, "trouble", peer.attempt_id)
+        look_up = functools.partial(self._names.addresses_of, contact)
         gather_in_time(
-            connection, _usable(ice.servers, warn), warn, relay_only=ice.relay_only)
+            connection, _usable(ice.servers, warn), look_up, warn, relay_only=ice.relay_only)
         bound_datagrams(connection)
         peer.consent = keep_consent(
             connection, functools.partial(report, "silent", peer.attempt_id, None))
@@ -324,9 +327,9 @@ class AiortcAdapter:
 def _usable(servers: Iterable[Any], warn: Callable[[str], None]) -> list[IceServer]:
     """Return the servers that aiortc can use. Any other costs a warning, and no connection."""
     found: list[IceServer] = []
-    for server in servers:
+    for entry, server in enumerate(servers):
         try:
-            found += read_server(server)
+            found += read_server(server, entry)
         except ValueError as error:
             warn(f"{error}.")
     return found

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
+import socket
+import ssl
+import threading
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from apps import SOON_S
+from test_http_transport import make_certificate
 
 from connectoid import AiortcAdapter, Ice
 from connectoid.gathering import (
     GATHER_LIMIT_S,
     NEEDED,
     IceServer,
+    ServerNames,
     gather_in_time,
     read_server,
 )
+from connectoid.lookups import MAX_LOOKUPS, MAX_LOOKUPS_OF_ONE
 from connectoid.webrtc import Description
 
 aioice = pytest.importorskip("aioice.ice")
@@ -86,11 +94,13 @@ async def serving(server: type[asyncio.DatagramProtocol] = Server) -> AsyncItera
 
 async def gather(
     servers: list[IceServer], addresses: list[str], timeout_s: float = SOON_S,
-    warn: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None, *, names: ServerNames | None = None,
+    contact: int = 1,
 ) -> list[tuple[str, str, str]]:
     """Return type, address and own address of the candidates that are gathered."""
     connection = aioice.Connection(ice_controlling=True)
-    gather_in_time(connection, servers, warn, relay_only=False)
+    look_up = functools.partial((names or ServerNames()).addresses_of, contact)
+    gather_in_time(connection, servers, look_up, warn, relay_only=False)
     try:
         found = await connection.get_component_candidates(1, addresses, timeout_s)
     finally:
@@ -157,6 +167,156 @@ def test_all_stun_servers_are_asked_and_an_address_is_told_once() -> None:
 
     assert asyncio.run(gather_beside_three()) == [
         ("host", HERE, HERE), ("srflx", MAPPED[0], HERE)]
+
+
+class SlowNames:
+    """Look names up: those that begin with `slow` take until the end."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.may_end = threading.Event()
+
+    def __call__(self, host: str, port: int, *_: object) -> list[Any]:
+        """Return what getaddrinfo does."""
+        self.begun.append(host)
+        if host.startswith("slow"):
+            self.may_end.wait(SOON_S)
+            raise socket.gaierror(socket.EAI_AGAIN, "slow")
+        return [(socket.AF_INET, socket.SOCK_DGRAM, 0, "", (HERE, port))]
+
+
+def lent_at(*hosts: str, entry: int = 0) -> list[IceServer]:
+    """Return TURN servers as a relay lends them."""
+    urls = [f"turn:{host}" for host in hosts]
+    return read_server({"urls": urls, "username": "u", "credential": "c"}, entry)
+
+
+def test_slow_names_of_turn_servers_keep_no_stun_server_waiting() -> None:
+    """Many contacts have a relay that lends them; the threads of the loop are free."""
+    getaddrinfo = SlowNames()
+
+    async def run() -> tuple[list[tuple[str, str, str]], list[str]]:
+        names = ServerNames(getaddrinfo)
+        slow = [f"slow{number}.example" for number in range(4)]
+        lookups = [
+            asyncio.create_task(names.addresses_of(contact, server))
+            for contact in range(MAX_LOOKUPS) for server in lent_at(*slow)]
+        while len(getaddrinfo.begun) < MAX_LOOKUPS:
+            await asyncio.sleep(0)
+        async with serving() as port:
+            found = await gather(
+                read_server(f"stun:stun.example:{port}"), [HERE], names=names, contact=MAX_LOOKUPS)
+        threads = [one.name for one in threading.enumerate() if not one.daemon]
+        for lookup in lookups:
+            lookup.cancel()
+        return found, threads
+
+    found, threads = asyncio.run(run())
+    getaddrinfo.may_end.set()
+    assert found == [("host", HERE, HERE), ("srflx", MAPPED[0], HERE)]
+    assert not [name for name in threads if "look up" in name]
+
+
+def test_slow_names_of_one_relay_keep_no_other_one_of_the_contact_waiting() -> None:
+    getaddrinfo = SlowNames()
+
+    async def run() -> list[str]:
+        names = ServerNames(getaddrinfo)
+        slow = [f"slow{number}.example" for number in range(MAX_LOOKUPS_OF_ONE + 1)]
+        lookups = [
+            asyncio.create_task(names.addresses_of(1, server)) for server in lent_at(*slow)]
+        while len(getaddrinfo.begun) < MAX_LOOKUPS_OF_ONE:
+            await asyncio.sleep(0)
+        (other,) = lent_at("turn.example", entry=1)
+        async with asyncio.timeout(SOON_S):
+            found = await names.addresses_of(1, other)
+        for lookup in lookups:
+            lookup.cancel()
+        return found
+
+    assert asyncio.run(run()) == [HERE]
+    getaddrinfo.may_end.set()
+    assert len(getaddrinfo.begun) == MAX_LOOKUPS_OF_ONE + 1
+
+
+def test_name_of_a_stun_server_is_looked_up_once_for_all_addresses() -> None:
+    getaddrinfo = SlowNames()
+
+    async def run() -> None:
+        async with serving() as port:
+            await gather(
+                read_server(f"stun:stun.example:{port}"), [HERE, DEAD],
+                names=ServerNames(getaddrinfo))
+
+    asyncio.run(run())
+    assert getaddrinfo.begun == ["stun.example"]
+
+
+def two_addresses(_host: str, port: int, *_: object) -> list[Any]:
+    """Return one where nobody listens, and one where a server does."""
+    return [
+        (socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port)) for address in (DEAD, HERE)]
+
+
+@contextlib.asynccontextmanager
+async def serving_tcp(context: ssl.SSLContext | None = None) -> AsyncIterator[int]:
+    """Lend a TURN server over TCP or TLS; return its port."""
+
+    class Way:
+        def __init__(self, writer: asyncio.StreamWriter) -> None:
+            self._writer = writer
+
+        def sendto(self, octets: bytes, _address: object) -> None:
+            self._writer.write(octets)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lender = Lender()
+        lender.connection_made(Way(writer))
+        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+            while True:
+                head = await reader.readexactly(20)
+                rest = await reader.readexactly(int.from_bytes(head[2:4], "big"))
+                lender.datagram_received(head + rest, (HERE, 0))
+        writer.close()
+
+    async with await asyncio.start_server(serve, HERE, 0, ssl=context) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+def test_turn_server_is_reached_at_its_second_address() -> None:
+    async def run() -> list[tuple[str, str, str]]:
+        async with serving_tcp() as port:
+            servers = lent_at(f"turn.example:{port}?transport=tcp")
+            return await gather(servers, [HERE], names=ServerNames(two_addresses))
+
+    assert [kind for kind, *_ in asyncio.run(run())] == ["host", "relay"]
+
+
+@pytest.mark.parametrize(("host", "is_used"), [(HERE, True), ("turn.example", False)])
+def test_certificate_of_a_turn_server_is_checked_against_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, *, is_used: bool,
+) -> None:
+    """It is good for the address that the name leads to, and for nothing else."""
+    certificate = make_certificate(tmp_path, -1, 1)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    told: list[str] = []
+
+    async def run() -> list[tuple[str, str, str]]:
+        async with serving_tcp(context) as port:
+            servers = read_server(
+                {"urls": f"turns:{host}:{port}", "username": "u", "credential": "c"})
+            names = ServerNames(two_addresses)
+            return await gather(servers, [HERE], warn=told.append, names=names)
+
+    kinds = [kind for kind, *_ in asyncio.run(run())]
+    if is_used:
+        assert (kinds, told) == (["host", "relay"], [])
+        return
+    assert kinds == ["host"]
+    assert len(told) == 1
+    assert "Hostname mismatch" in told[0]
 
 
 async def offer(ice: Ice) -> tuple[str, list[str]]:

@@ -27,9 +27,6 @@ from test_hostile_counterparts import Place, Stranger, forge, place
 
 from connectoid import Connectoid, Mailbox, format_address
 from connectoid.http_transport import (
-    MAX_ADDRESSES_OF_FAMILY,
-    MAX_LOOKUPS,
-    MAX_LOOKUPS_OF_ONE,
     PRIVATE,
     DaemonResolver,
     HttpTransport,
@@ -37,6 +34,7 @@ from connectoid.http_transport import (
     is_refused,
 )
 from connectoid.limits import MAX_MAILBOXES
+from connectoid.lookups import MAX_ADDRESSES_OF_FAMILY, MAX_LOOKUPS, MAX_LOOKUPS_OF_ONE
 from connectoid.relay_client import ON_BEHALF_OF
 from connectoid.sender import MAX_NEW_RELAYS
 from connectoid_relay import Relay, SqliteStore
