@@ -22,6 +22,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from connectoid.allocations import bound_allocations
 from connectoid.lookups import Lookups, few_of
 from connectoid.shown import shown
 from connectoid.thrifty_tls import expect_name
@@ -233,6 +234,7 @@ def gather_in_time(
         warn("This version of aiortc is unknown here: STUN and TURN servers are not asked.")
         return
     bound_turn_streams()
+    bound_allocations()
     gathering = Gathering(connection, servers, look_up, warn, relay_only=relay_only)
     connection.get_component_candidates = gathering.get_component_candidates
 

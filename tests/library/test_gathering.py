@@ -18,6 +18,7 @@ from apps import SOON_S
 from test_http_transport import make_certificate
 
 from connectoid import AiortcAdapter, Ice
+from connectoid.allocations import MIN_LIFETIME_S, bound_allocations
 from connectoid.gathering import (
     GATHER_LIMIT_S,
     NEEDED,
@@ -31,6 +32,7 @@ from connectoid.webrtc import Description
 
 aioice = pytest.importorskip("aioice.ice")
 stun = pytest.importorskip("aioice.stun")
+turn = pytest.importorskip("aioice.turn")
 kwargs_of = pytest.importorskip("aiortc.rtcicetransport").connection_kwargs
 
 HERE = "127.0.0.1"
@@ -68,7 +70,13 @@ class Server(asyncio.DatagramProtocol):
 
 
 class Lender(Server):
-    """Lend whoever asks an address of its own."""
+    """Lend whoever asks an address of its own, for a while, and then for another."""
+
+    lifetime_s = 600
+    later_s = 600
+
+    def __init__(self) -> None:
+        self.refreshed: list[int] = []
 
     def datagram_received(self, octets: bytes, address: tuple[str, int]) -> None:
         """Ask for no password."""
@@ -77,12 +85,16 @@ class Lender(Server):
             message_method=asked.message_method, message_class=stun.Class.RESPONSE,
             transaction_id=asked.transaction_id)
         reply.attributes = {
-            "XOR-MAPPED-ADDRESS": MAPPED, "XOR-RELAYED-ADDRESS": RELAYED, "LIFETIME": 600}
+            "XOR-MAPPED-ADDRESS": MAPPED, "XOR-RELAYED-ADDRESS": RELAYED,
+            "LIFETIME": self.lifetime_s}
+        if asked.message_method == stun.Method.REFRESH:
+            self.refreshed.append(asked.attributes["LIFETIME"])
+            reply.attributes["LIFETIME"] = self.later_s
         self._transport.sendto(bytes(reply), address)
 
 
 @contextlib.asynccontextmanager
-async def serving(server: type[asyncio.DatagramProtocol] = Server) -> AsyncIterator[int]:
+async def serving(server: Callable[[], asyncio.DatagramProtocol] = Server) -> AsyncIterator[int]:
     """Lend a server; return its port."""
     loop = asyncio.get_running_loop()
     transport, _ = await loop.create_datagram_endpoint(server, local_addr=(HERE, 0))
@@ -256,6 +268,52 @@ def two_addresses(_host: str, port: int, *_: object) -> list[Any]:
     """Return one where nobody listens, and one where a server does."""
     return [
         (socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port)) for address in (DEAD, HERE)]
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_allocation_that_ends_too_soon_is_not_used(more: int) -> None:
+    """It would be asked for again and again."""
+    lender = Lender()
+    lender.lifetime_s = MIN_LIFETIME_S + more
+    told: list[str] = []
+
+    async def run() -> list[tuple[str, str, str]]:
+        async with serving(lambda: lender) as port:
+            return await gather(turn_at(port), [HERE], warn=told.append)
+
+    kinds = [kind for kind, *_ in asyncio.run(run())]
+    if more < 0:
+        assert kinds == ["host"]
+        assert told[0].endswith(" cannot be used: it lends for less than 60 s.")
+        return
+    assert (kinds, told) == (["host", "relay"], [])
+
+
+@pytest.mark.parametrize(("later_s", "is_over"), [
+    (MIN_LIFETIME_S - 1, True), (MIN_LIFETIME_S, False)])
+def test_allocation_that_is_lent_anew_for_too_short_a_time_is_over(
+    later_s: int, *, is_over: bool,
+) -> None:
+    """What is given back is lent for no time at all, and that is no error."""
+    lender = Lender()
+    lender.later_s = later_s
+
+    async def run() -> None:
+        bound_allocations()
+        async with serving(lambda: lender) as port:
+            relayed, _ = await turn.create_turn_endpoint(Silent, (HERE, port), "u", "c")
+            client = relayed._TurnTransport__inner_protocol
+            # As it does after five sixths of what is left.
+            refreshing = asyncio.create_task(client.refresh(0))
+            while not lender.refreshed or client.transactions:
+                await asyncio.sleep(0)
+            assert client.transport.is_closing() == is_over
+            refreshing.cancel()
+            lender.later_s = 0
+            await client.delete()
+
+    asyncio.run(run())
+    assert lender.refreshed == ([600] if is_over else [600, 0])
 
 
 @contextlib.asynccontextmanager
