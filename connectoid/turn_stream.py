@@ -2,7 +2,8 @@
 
 aioice copies all that is left for each message that it takes. Of empty ones 65,536 fit in the
 256 KiB that a loop reads at once: they held it up for a quarter of a second, and the next ones for
-as long. So messages are taken a few at a time, with turns for everybody else between.
+as long. So messages are taken a few at a time, with turns for everybody else between. One that
+aioice cannot read is passed over.
 
 aioice makes such a connection on its own, and has no setting for it: its class gets another method,
 for all connections of this process. Another version may have other names: then nothing is bounded.
@@ -11,7 +12,9 @@ for all connections of this process. Another version may have other names: then 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
+import struct
 from struct import unpack_from
 from typing import Any
 
@@ -63,7 +66,9 @@ class TurnStream:
             end = at + self._length_at(at)
             if end > len(self._octets):
                 break
-            self._protocol.datagram_received(bytes(self._octets[at:end]), address)
+            # aioice lets this out where an attribute is cut off.
+            with contextlib.suppress(struct.error):
+                self._protocol.datagram_received(bytes(self._octets[at:end]), address)
             taken += 1
             at = end
         del self._octets[:at]

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from struct import pack
 
 import pytest
+from apps import SOON_S
 
 from connectoid.turn_stream import MAX_MESSAGES_AT_ONCE, bound_turn_streams
 
@@ -15,6 +16,8 @@ turn = pytest.importorskip("aioice.turn")
 CHANNEL = 0x4000
 # Of the other end, behind the server.
 BOB = ("192.0.2.2", 9)
+# A STUN message whose LIFETIME is of two octets, padded.
+CUT_OFF = pack("!HHI12sHHHxx", 0x0103, 8, 0x2112A442, bytes(12), 0x000D, 2, 0)
 PATIENCE = 3
 
 
@@ -66,8 +69,9 @@ class Client:
 
     async def read_all(self) -> None:
         """Let the client go on until it reads again."""
-        while not self.transport.is_reading:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(SOON_S):
+            while not self.transport.is_reading:
+                await asyncio.sleep(0)
 
 
 def run(play: Callable[[Client], Awaitable[None]]) -> Client:
@@ -135,3 +139,15 @@ def test_what_waits_when_the_connection_ends_is_left() -> None:
             await asyncio.sleep(0)
 
     assert len(run(play).came) <= 2 * MAX_MESSAGES_AT_ONCE
+
+
+@pytest.mark.parametrize("before", [0, MAX_MESSAGES_AT_ONCE])
+def test_message_that_cannot_be_read_is_passed_over(before: int) -> None:
+    """Also where it is taken later."""
+
+    async def play(client: Client) -> None:
+        octets = channel_data(b"x") * before + CUT_OFF + channel_data(b"the last")
+        client.protocol.data_received(octets)
+        await client.read_all()
+
+    assert run(play).came == [b"x"] * before + [b"the last"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from aioice import ice, mdns, turn
+from aioice import ice, mdns, stun, turn
 from aiortc import rtcdtlstransport as dtls
 from aiortc import rtcicetransport as transport
 from aiortc import rtcsctptransport as sctp
@@ -24,6 +24,7 @@ CAUSES: tuple[tuple[Callable[..., Any], str], ...] = (
     (ice.Connection.query_consent, "retransmissions=0"),
     (ice.Connection.data_received, "self._queue.put_nowait("),
     (turn.TurnClientMixin.refresh, "await asyncio.sleep(5 / 6 * time_to_expiry)"),
+    (stun.unpack_unsigned, 'unpack("!I", data)'),
     (dtls.RTCDtlsTransport._recv_next, "first_byte = data[0]"),
     (sctp.decode_params, "pos += param_length + padl(param_length)"),
     (sctp.RTCSctpTransport._receive_sack_chunk, "for pos in range(gap[0], gap[1] + 1):"),
