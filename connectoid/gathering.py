@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeAlias
 from connectoid.allocations import bound_allocations
 from connectoid.lookups import Lookups, few_of
 from connectoid.shown import shown
-from connectoid.thrifty_tls import expect_name
+from connectoid.thrifty_tls import expect_name, make_context
 from connectoid.turn_stream import bound_turn_streams
 
 # For candidates: what a server has not said by then is left out.
@@ -218,7 +218,7 @@ class Gathering:
             turn_server=(address, server.port),
             turn_username=server.username,
             turn_password=server.credential,
-            turn_ssl=_tls_of(server),
+            turn_ssl=tls_of(server),
             turn_transport=server.transport,
         )
         return lent
@@ -239,11 +239,11 @@ def gather_in_time(
     connection.get_component_candidates = gathering.get_component_candidates
 
 
-def _tls_of(server: IceServer) -> ssl.SSLContext | None:
+def tls_of(server: IceServer) -> ssl.SSLContext | None:
     """Return what a server's certificate is checked with: against its name, not its address."""
     if not server.is_tls:
         return None
-    context = ssl.create_default_context()
+    context = make_context()
     expect_name(context, server.host)
     return context
 

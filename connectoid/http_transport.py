@@ -395,6 +395,7 @@ def make_session(
 def _ssl_of(ca_file: str | None) -> ssl.SSLContext:
     """Return what relays' certificates are checked with; raise UsageError."""
     context = make_context()
+    context.set_alpn_protocols(["http/1.1"])
     if ca_file is None:
         return context
     try:

@@ -96,9 +96,8 @@ class ThriftyObject(ssl.SSLObject):
 
 
 def make_context() -> ssl.SSLContext:
-    """Return what relays' certificates are checked with, those of the system trusted."""
+    """Return what servers' certificates are checked with, those of the system trusted."""
     context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
     context.sslobject_class = ThriftyObject
     return context
 

@@ -18,6 +18,7 @@ from apps import SOON_S, http_reply
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from test_http_transport import ANSWER, ask, make_certificate
 
+from connectoid.gathering import read_server, tls_of
 from connectoid.relay_client import RelayError
 from connectoid.thrifty_tls import MAX_BESIDE_CONTENT, RECORD_BYTES, Overhead
 
@@ -81,7 +82,9 @@ def is_done(server: ssl.SSLObject) -> bool:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, inners: list[bytes]) -> Iterator[Ask]:
+def serving(
+    folder: Path, inners: list[bytes], ask: Callable[..., Coroutine[Any, Any, object]] = ask,
+) -> Iterator[Ask]:
     """Send records after one handshake; yield what asks the server, and waits for the end."""
     certificate = make_certificate(folder, -1, 1)
     keys = folder / "keys"
@@ -146,6 +149,31 @@ def test_records_without_content_are_taken_to_the_limit(
             return
         with pytest.raises(RelayError, match="TLS: it sends records without content"):
             runner.run(ask_it())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_turn_server_over_tls_is_bounded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str,
+) -> None:
+    inners, is_taken = CASES[case]
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+
+    async def read(url: str, _ca_file: str) -> bytes:
+        place = url.removeprefix("https://").rstrip("/")
+        (server,) = read_server({"urls": f"turns:{place}", "username": "u", "credential": "c"})
+        reader, writer = await asyncio.open_connection(
+            server.host, server.port, ssl=tls_of(server))
+        try:
+            return await reader.readexactly(len(REPLY))
+        finally:
+            writer.transport.abort()
+
+    with serving(tmp_path, [*inners, REPLY + DATA], read) as ask_it:
+        if is_taken:
+            assert asyncio.run(ask_it()) == REPLY
+            return
+        with pytest.raises(ssl.SSLError, match="records without content"):
+            asyncio.run(ask_it())
 
 
 def test_reply_in_records_of_an_octet_each_is_read(tmp_path: Path) -> None:
