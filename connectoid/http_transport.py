@@ -213,6 +213,22 @@ class BoundedResponse(aiohttp.ClientResponse):
             protocol.close()
 
 
+class TunnelResponse(BoundedResponse):
+    """What a proxy says to CONNECT. The connection goes on, whatever its type."""
+
+    def _let_go(self, _protocol: Any) -> None:
+        """Keep it: TLS begins there."""
+
+
+class BoundedConnector(aiohttp.TCPConnector):
+    """Have what a proxy says to CONNECT bounded as well: aiohttp reads it by its own class."""
+
+    def _update_proxy_auth_header_and_build_proxy_req(self, req: Any) -> Any:
+        to_proxy = super()._update_proxy_auth_header_and_build_proxy_req(req)
+        to_proxy.response_class = TunnelResponse
+        return to_proxy
+
+
 def type_of(header: str) -> str:
     """Return what is before the parameters of a Content-Type.
 
@@ -380,7 +396,7 @@ def make_session(
     return aiohttp.ClientSession(
         # The tasks of lines and senders are bounded, and so are the connections. Addresses are not
         # remembered: a contact may name ever new hosts, and few connections begin.
-        connector=aiohttp.TCPConnector(
+        connector=BoundedConnector(
             limit=0, ssl=tls, resolver=DaemonResolver(public_only=public_only),
             use_dns_cache=False, **keeping),
         cookie_jar=aiohttp.DummyCookieJar(),

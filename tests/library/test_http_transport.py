@@ -156,6 +156,15 @@ def test_interim_replies_beyond_the_limit_are_refused() -> None:
         assert refusal_of(relay.url) == "it sends interim replies without end."
 
 
+def test_interim_replies_of_a_proxy_to_connect_are_bounded_too(
+    no_proxies: pytest.MonkeyPatch,
+) -> None:
+    octets = b"HTTP/1.1 100 Continue\r\n\r\n" * (MAX_INTERIM_REPLIES + 1) + http_reply(ANSWER)
+    with FakeRelay(lambda _: octets) as proxy:
+        no_proxies.setenv("https_proxy", proxy.url)
+        assert refusal_of("https://relay.example/") == "it sends interim replies without end."
+
+
 def test_interim_replies_without_end_are_read_only_to_the_limit() -> None:
     """They are there already, so that reading them on would give nobody else a turn of the loop."""
     turns: list[int] = []
@@ -367,6 +376,35 @@ def make_certificate(folder: Path, begins: int, ends: int) -> Path:
         signed.public_bytes(Encoding.PEM)
         + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     return path
+
+
+@pytest.mark.parametrize("head", [
+    "HTTP/1.1 200 Connection established", "HTTP/1.1 200 OK\r\nContent-Length: 0",
+    "HTTP/1.0 200 OK\r\nContent-Type: text/html"])
+def test_relay_is_asked_through_a_tunnel_of_a_proxy(
+    no_proxies: pytest.MonkeyPatch, certificate: Path, https_url: str, head: str,
+) -> None:
+    """A few interim replies may come before it."""
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while octets := await reader.read(65_536):
+            writer.write(octets)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, port = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode().split(":")
+        beyond, to_relay = await asyncio.open_connection(host, int(port))
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" * MAX_INTERIM_REPLIES)
+        writer.write(f"{head}\r\n\r\n".encode())
+        await asyncio.gather(pump(reader, to_relay), pump(beyond, writer))
+
+    async def run() -> object:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as proxy:
+            port = proxy.sockets[0].getsockname()[1]
+            no_proxies.setenv("https_proxy", f"http://127.0.0.1:{port}")
+            return await ask(https_url, str(certificate))
+
+    assert asyncio.run(run()) == ANSWER
 
 
 @pytest.fixture
