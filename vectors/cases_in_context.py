@@ -89,6 +89,27 @@ def own(address: str) -> Json:
     return {"address": address, "private": [pubs[box["pub"]] for box in listed(address)]}
 
 
+# What a side knows at first.
+NOTHING_KNOWN: Json = {
+    "invitation": "",
+    "r": "",
+    "hello": "",
+    "hello_hash": "",
+    "welcome": "",
+    "contact": "",
+    "connectoid": "",
+    "app": "",
+    "link_hash": "",
+    "old_from": "",
+    "old_private": "",
+    "renewal_hashes": [],
+    "former_contact": "",
+    "key_news": "",
+    "seq": START + 2_000_000,
+    "seen_seq": 0,
+}
+
+
 def context(
     role: str,
     state: str,
@@ -107,30 +128,12 @@ def context(
             {**own(address), "left_us": left_us} for address, left_us in former.items()]
     signers = {"inviter": ALICE, "opener": BOB}
     signer = signers[role]
-    none = {
-        "invitation": "",
-        "r": "",
-        "hello": "",
-        "hello_hash": "",
-        "welcome": "",
-        "contact": "",
-        "connectoid": "",
-        "app": "",
-        "link_hash": "",
-        "old_from": "",
-        "old_private": "",
-        "renewal_hashes": [],
-        "former_contact": "",
-        "key_news": "",
-        "seq": START + 2_000_000,
-        "seen_seq": 0,
-    }
     return {
         "role": role,
         "state": state,
         "from": signer.pub,
         "private": signer.private,
-        **none,
+        **NOTHING_KNOWN,
         "addresses": owns,
         **members,
     }
@@ -173,6 +176,32 @@ def contexts_of_alice_paired() -> dict[str, Json]:
     there: Json = {**bound_of_alice(), "connectoid": B1_AT, "seen_seq": SOON}
     return {
         "alice paired": context("inviter", "paired", {"invited": A0_AT, "current": A1_AT}, **there),
+        "alice paired, moved three times": context(
+            "inviter",
+            "paired",
+            {"invited": A0_AT, "pending": A4_AT, "current": A1_AT},
+            replaced=(A2_AT, A3_AT),
+            former={AF_AT: 0},
+            **there,
+        ),
+        "alice paired, seq poisoned": context(
+            "inviter",
+            "paired",
+            {"invited": A0_AT, "current": A1_AT},
+            **there | {"seen_seq": 2**53 - 1},
+        ),
+        "alice paired, two mailboxes": context(
+            "inviter", "paired", {"current": f"{A1_AT}~{A2_AT}"}, **there
+        ),
+        "alice unshared": context(
+            "inviter", "unshared", {"invited": A0_AT, "current": A1_AT}, **there | {"welcome": ""}
+        ),
+    } | contexts_of_alice_moving(there)
+
+
+def contexts_of_alice_moving(there: Json) -> dict[str, Json]:
+    """Return those of Alice while one address is pending."""
+    return {
         "alice paired, moving": context(
             "inviter",
             "paired",
@@ -200,26 +229,6 @@ def contexts_of_alice_paired() -> dict[str, Json]:
             {"invited": A0_AT, "pending": A2_AT, "current": A1_AT},
             former={A4_AT: NOW - MONTH, AF_AT: NOW - MONTH + 1, A3_AT: NOW},
             **there,
-        ),
-        "alice paired, moved three times": context(
-            "inviter",
-            "paired",
-            {"invited": A0_AT, "pending": A4_AT, "current": A1_AT},
-            replaced=(A2_AT, A3_AT),
-            former={AF_AT: 0},
-            **there,
-        ),
-        "alice paired, seq poisoned": context(
-            "inviter",
-            "paired",
-            {"invited": A0_AT, "current": A1_AT},
-            **there | {"seen_seq": 2**53 - 1},
-        ),
-        "alice paired, two mailboxes": context(
-            "inviter", "paired", {"current": f"{A1_AT}~{A2_AT}"}, **there
-        ),
-        "alice unshared": context(
-            "inviter", "unshared", {"invited": A0_AT, "current": A1_AT}, **there | {"welcome": ""}
         ),
     }
 
@@ -574,6 +583,23 @@ def accepted_addresses() -> Iterator[Json]:
         connectoid=elsewhere,
         sent=[reply(B2, "call", elsewhere, hash_of(moved))],
     )
+    yield from accepted_at_pending()
+    former = bobs("offer", to=AF_AT)
+    yield accepted(
+        "a message at the former address",
+        "alice paired, moving",
+        Box(AF, former),
+        current=A1_AT,
+        pending=A2_AT,
+        former=[AF_AT],
+        seen_seq=LATE,
+        sent=[reply(B1, "call", B1_AT, hash_of(former))],
+    )
+    yield from accepted_at_replaced()
+
+
+def accepted_at_pending() -> Iterator[Json]:
+    """Yield messages that take the pending address into use."""
     pending = bobs("offer", to=A2_AT)
     yield accepted(
         "the first message at the pending address",
@@ -596,18 +622,6 @@ def accepted_addresses() -> Iterator[Json]:
             former=[*stay, A1_AT],
             sent=[reply(B1, "call", B1_AT, hash_of(pending))],
         )
-    former = bobs("offer", to=AF_AT)
-    yield accepted(
-        "a message at the former address",
-        "alice paired, moving",
-        Box(AF, former),
-        current=A1_AT,
-        pending=A2_AT,
-        former=[AF_AT],
-        seen_seq=LATE,
-        sent=[reply(B1, "call", B1_AT, hash_of(former))],
-    )
-    yield from accepted_at_replaced()
 
 
 def accepted_at_replaced() -> Iterator[Json]:
