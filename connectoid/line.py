@@ -209,6 +209,8 @@ class Line:
             self.answers.set()
         except UnreachableError as error:
             self._complain(error)
+            # Then the check does not wait: once it is answered, the servers can be asked for.
+            self._note_silence(boot_time_s())
         except Exception as error:
             self._complain(error)
             # Something is there. The next check says whether it is a relay.

@@ -147,6 +147,10 @@ export class Line {
     this._loans = new Loans(client, host.roster.suite, () => this._nowS());
     this._hasLearned = false;
     this.learned = Promise.resolve();
+    // Why the relay could not be asked what it says of itself. A check that waits there ends: the
+    // relay may be back since, and its servers are needed.
+    /** @type {unknown} */
+    this._unreachable = undefined;
     // From an answer to a failure.
     this.answers = new Flag();
     // Since when it fails; NaN while it does not.
@@ -196,8 +200,12 @@ export class Line {
       this._hasLearned = true;
       this.answers.set();
     } catch (error) {
+      if (error instanceof UnreachableError) {
+        this._unreachable = error;
+        this.wake();
+        return;
+      }
       this._host.complaints.make(error, this.url);
-      if (error instanceof UnreachableError) return;
       // Something is there. The check that goes on meanwhile says whether it is a relay.
       await this._host.system.sleep(LEARN_S);
       if (!this._fails()) this.answers.set();
@@ -231,6 +239,7 @@ export class Line {
     while (!this._isOver()) {
       const beganS = this._nowS();
       this._woken = new AbortController();
+      this._unreachable = undefined;
       this.learned = this._learn();
       let pauseS = CHECK_EVERY_S;
       this._leastS = CHECK_EVERY_S;
@@ -238,16 +247,24 @@ export class Line {
         pauseS = await this._poll();
       } catch (error) {
         this._leastS = Math.max(this._leastS, retryS(error));
-        if (!this._woken.signal.aborted) {
-          this._host.complaints.make(error, this.url);
-          pauseS = pauseAfterS(error, this._noteSilence(beganS));
-          // A hidden page that expects nothing asks no more often than at any time.
-          if (this._isIdle()) pauseS = Math.max(pauseS, POLL_SLOW_S);
-        }
+        if (this._unreachable) this._woken = new AbortController();
+        if (!this._woken.signal.aborted) pauseS = this._fail(this._unreachable ?? error, beganS);
       }
       this._tellOfFloods();
       await this._rest(beganS, Math.max(pauseS, this._leastS));
     }
+  }
+
+  /**
+   * Tell why a round has failed; return the pause after it.
+   * @param {unknown} error
+   * @param {number} beganS
+   */
+  _fail(error, beganS) {
+    this._host.complaints.make(error, this.url);
+    const pauseS = pauseAfterS(error, this._noteSilence(beganS));
+    // A hidden page that expects nothing asks no more often than at any time.
+    return this._isIdle() ? Math.max(pauseS, POLL_SLOW_S) : pauseS;
   }
 
   /** Note that it answers, and say so if it is back. */

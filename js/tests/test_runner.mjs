@@ -401,3 +401,21 @@ test("a relay that was away at the start is asked for STUN once it is back", asy
   const stun = { urls: `stun:${new URL(url).host}` };
   assert.deepEqual(await webrtc.asked[0], { iceServers: [stun] });
 });
+
+test("a check that waits ends where the document was missed, which is asked anew", async () => {
+  let documents = 0;
+  const { url } = await serve((response, body) => {
+    // The check that waits is never answered.
+    if (body) return;
+    documents += 1;
+    if (documents === 1) setTimeout(() => response.destroy(), 500);
+    else response.end('{"ok":true,"stun":true}');
+  });
+  const { app: other } = await startApp(relay);
+  const webrtc = new AskedWebRTC();
+  const { app } = await startApp(url, { webrtc });
+  await app.open(await other.share("Alice", APP), "Bob");
+  await until(() => webrtc.asked.length === 1);
+  assert.deepEqual(await webrtc.asked[0], { iceServers: [{ urls: `stun:${new URL(url).host}` }] });
+  assert.equal(documents, 2);
+});

@@ -150,6 +150,29 @@ def test_offer_waits_until_a_relay_of_one_s_own_answers(
 
 
 @pytest.mark.slow
+def test_no_check_waits_at_a_relay_whose_document_was_missed(apps: Apps) -> None:
+    """It may be back since, and no offer goes without its servers."""
+    checked = threading.Event()
+
+    def reply(request: Any) -> bytes:
+        if request is not None:
+            checked.set()
+            return nothing_new(request)
+        return http_reply({"ok": True}) if checked.is_set() else b""
+
+    with FakeRelay(reply) as fake:
+        app = apps.begin("Alice", fake.url)
+        app.share("Bob", APP_URL)
+        until(lambda: len(fake.checks) > 1, "asked again")
+        app.close()
+    first, second, *_ = fake.checks
+    assert [check["wait"] for check in first.request] == [0]
+    assert [check["wait"] > 0 for check in second.request] == [True]
+    between = fake.asked[fake.asked.index(first) + 1:fake.asked.index(second)]
+    assert [asked.request for asked in between] == [None]
+
+
+@pytest.mark.slow
 def test_relay_that_asks_for_time_gets_it(apps: Apps) -> None:
     """A `retry` of 4 s is obeyed by checks and by messages."""
     busy = http_reply({"ok": False, "error": "Busy", "retry": 4}, status="503 Busy")
