@@ -145,13 +145,14 @@ class Line:
             await self._rest(began_s, pause_s)
             self._is_slow = False
 
-    def _note_answer(self) -> None:
-        """Note that it answers, and say so if it is back."""
+    async def _note_answer(self) -> None:
+        """Note that it answers. If it is back, say so, and ask for the servers that offers need."""
         has_failed = self._fails_since_s is not None
         self._fails_since_s = None
         self.answers.set()
         if has_failed:
             self._host.is_back(self._url)
+            await self._learn()
 
     def _note_silence(self, began_s: float) -> float:
         """Note a round without an answer; return the seconds since the first of them began."""
@@ -262,7 +263,7 @@ class Line:
                 return CHECK_EVERY_S
             await self._read(part, checked)
         if polls:
-            self._note_answer()
+            await self._note_answer()
         if self._is_behind:
             return CHECK_EVERY_S
         rest_s = min(rest_s, self._roster.rest_s(self._url))

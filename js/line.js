@@ -267,12 +267,14 @@ export class Line {
     return this._isIdle() ? Math.max(pauseS, POLL_SLOW_S) : pauseS;
   }
 
-  /** Note that it answers, and say so if it is back. */
+  /** Note that it answers. If it is back, say so, and ask for the servers that offers need. */
   _noteAnswer() {
     const hasFailed = this._fails();
     this._failsSinceS = NaN;
     this.answers.set();
-    if (hasFailed) this._host.relayIsBack(this.url);
+    if (!hasFailed) return;
+    this._host.relayIsBack(this.url);
+    this.learned = this._learn();
   }
 
   /**
