@@ -85,8 +85,10 @@ def test_wheel_has_the_library_and_the_programs_alone(dist: Path) -> None:
 
 def test_wheel_installs_programs_that_tell_their_version(dist: Path, tmp_path: Path) -> None:
     wheel = dist / f"{NAME}-py3-none-any.whl"
+    # Without --ignore-installed, pip removes what this Python has installed.
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--prefix", tmp_path, wheel],
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed",
+         "--prefix", tmp_path, wheel],
         capture_output=True, timeout=LONG_DEADLINE_S, check=True)
     (library,) = tmp_path.rglob("site-packages")
     for program in ("connectoid", "connectoid-relay", "connectoid-admin"):

@@ -79,10 +79,11 @@ class Terminal:
         return lambda: words in self.printed
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind, and let a failed test show what was printed."""
         self.popen.kill()
         self._reader.join(DEADLINE_S)
         put_down(self.popen)
+        print(self.printed)
 
 
 @pytest.fixture
