@@ -11,6 +11,7 @@ from connectoid.contact import Contact, ContactRecord, Now, Poll, Privacy
 from connectoid.contact.record import Relays
 from connectoid.errors import UsageError
 from connectoid.limits import NO_AT, POLL_SLOW_S
+from connectoid.shown import UNPRINTABLE, shown
 from connectoid.store import Store
 from connectoid.suite import Suite
 
@@ -39,15 +40,15 @@ class OwnKeys:
 
     def in_addresses(self, relays: Iterable[Relay]) -> Relays:
         """Return relays as addresses have them, and remember the owner's halves."""
-        shown = []
+        addresses = []
         for url, key, *halves in relays:
             send_key = key
             if halves and halves[0] is not None:
                 send_key = halves[0]
                 self._keys[url, send_key] = key
                 self._send_keys[url, key] = send_key
-            shown.append((url, send_key))
-        return tuple(shown)
+            addresses.append((url, send_key))
+        return tuple(addresses)
 
     def out_of_addresses(self, relays: Relays) -> Relays:
         """Return relays for a new address: a key that has got two halves stays here from now on."""
@@ -108,7 +109,7 @@ class Roster:
 
     def make_free(self, name: str) -> None:
         """Let a new contact have a name: one that has ended gives it up; raise UsageError."""
-        if not name or not name.isprintable():
+        if not shown(name) or UNPRINTABLE.search(name):
             raise UsageError("A contact needs a name, of characters that can be shown.")
         for number, contact in list(self.contacts.items()):
             if contact.record.name != name:

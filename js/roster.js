@@ -9,6 +9,7 @@ import { addressesOf, keyedMailboxes, mailboxesOf } from "./contact/record.js";
 import { UsageError } from "./errors.js";
 import { NO_AT, POLL_SLOW_S } from "./limits.js";
 import { Refusals } from "./refusals.js";
+import { UNPRINTABLE, shown } from "./shown.js";
 
 /** @import { Channel } from "./channel.js" */
 /** @import { Now, Poll, Privacy } from "./contact/effects.js" */
@@ -175,11 +176,13 @@ export class Roster {
 
   /**
    * Return the ids of contacts that have ended and whose name a new one takes.
-   * Throw UsageError for a name that is taken, or empty.
+   * Throw UsageError for a name that is taken, empty, or cannot be shown.
    * @param {string} name
    */
   endedWith(name) {
-    if (!name) throw new UsageError("A contact needs a name.");
+    if (!shown(name) || UNPRINTABLE.test(name)) {
+      throw new UsageError("A contact needs a name, of characters that can be shown.");
+    }
     const ended = [];
     for (const [number, { record }] of this.entries) {
       if (record.name !== name) continue;

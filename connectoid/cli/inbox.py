@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import connectoid
-from connectoid import shown
 from connectoid.cli.talking import NOT_UNDERSTOOD, TransferError, count_of
 from connectoid.cli.telling import MAX_NAME_CHARS, Teller
 from connectoid.operating_system import long_path
+from connectoid.shown import cut_before, shown
 
 # Of all files of one command, unless the user says otherwise: a film, the largest file of a FAT
 # file system, and a part of any disk.
@@ -32,6 +32,8 @@ MAX_FILES = 10_000
 MAX_FILE_BYTES = 2**60
 # Of a file's name in UTF-8: file systems take 255, and a number may be added to it.
 MAX_NAME_BYTES = 200
+# ... of which this much may say what kind of file it is.
+MAX_SUFFIX_BYTES = 20
 # Of a partial file's name: the fingerprint, the dots and the suffix.
 PART_NAME_BYTES = 30
 # A partial file that has not grown for so long is not missed.
@@ -170,10 +172,21 @@ def safe_name(name: object) -> str:
     if not isinstance(name, str):
         raise TransferError(NOT_UNDERSTOOD)
     last = name.replace("\\", "/").rpartition("/")[2]
-    plain = shown(LIKE_SEPARATORS.sub("_", last), MAX_NAME_BYTES).lstrip(".- ")
-    whole = RESERVED_CHARS.sub("_", plain).encode("utf-8")[:MAX_NAME_BYTES]
+    plain = shown(LIKE_SEPARATORS.sub("_", last), len(last)).lstrip(".- ")
     # Windows drops these at the end.
-    safe = whole.decode("utf-8", "ignore").rstrip(". ")
+    safe = _fitting(RESERVED_CHARS.sub("_", plain).rstrip(". ")).rstrip(". ")
     if RESERVED_NAMES.match(safe):
         return f"_{safe}"
     return safe or "file"
+
+
+def _fitting(name: str) -> str:
+    """Return a name that file systems take; a long one keeps its suffix and whole characters."""
+    if len(name.encode()) <= MAX_NAME_BYTES:
+        return name
+    suffix = pathlib.PurePath(name).suffix
+    if len(suffix.encode()) > MAX_SUFFIX_BYTES:
+        suffix = ""
+    stem = name.removesuffix(suffix)
+    octets = stem.encode()[:MAX_NAME_BYTES - len(suffix.encode())]
+    return stem[:cut_before(stem, len(octets.decode("utf-8", "ignore")))] + suffix

@@ -11,12 +11,20 @@ const CASES = [
   ["Straße 1", "Straße 1"],
   [" a \t b ", "a b"],
   ["a\u00a0\u2003\u2800\u3164\u115f\u1160\uffa0b", "a b"],
+  ["a\u200b\u200b\u200d\ufeffb\u2060", "a b"],
+  ["a\tb", "a b"],
   ["a\nb\r\x1b[2J\x9b2J", "a\ufffdb\ufffd\ufffd[2J\ufffd2J"],
   ["a\u2028b\u2029c", "a\ufffdb\ufffdc"],
   ["\u202egpj.exe\u2066", "\ufffdgpj.exe\ufffd"],
-  ["a\u200bb\ue000\ufeff", "a\ufffdb\ufffd\ufffd"],
+  ["\u200d", ""],
   ["\ud800x", "\ufffdx"],
   ["🥕👍🏽", "🥕👍🏽"],
+  // Text of any script stays as it is.
+  ["10\u202fAM, 20\u00a0km, \ue000", "10\u202fAM, 20\u00a0km, \ue000"],
+  ["\u0645\u06cc\u200c\u0634\u0648\u062f", "\u0645\u06cc\u200c\u0634\u0648\u062f"],
+  ["\u0915\u094d\u200d\u0937", "\u0915\u094d\u200d\u0937"],
+  ["👨\u200d👩\u200d👧", "👨\u200d👩\u200d👧"],
+  ["\u05d0\u200f1", "\u05d0\u200f1"],
 ];
 
 test("a text from outside becomes a part of one line", () => {
@@ -34,6 +42,19 @@ test("a long text loses its middle", () => {
     const head = MAX_SHOWN_CHARS - Math.floor(MAX_SHOWN_CHARS / 3) - 1;
     const line = `${char.repeat(head)}\u2026${char.repeat(MAX_SHOWN_CHARS - head - 2)}.`;
     assert.equal(shown(`${char.repeat(MAX_SHOWN_CHARS)}.`), line);
+  }
+});
+
+test("no character falls apart where the middle is left out", () => {
+  for (const grapheme of ["e\u0301", "👍🏽", "👨\u200d👩\u200d👧", "🇩🇪", "\u0915\u093f"]) {
+    for (let shift = 0; shift < 6; shift += 1) {
+      const line = shown("e".repeat(shift) + grapheme.repeat(MAX_SHOWN_CHARS));
+      assert.ok([...line].length <= MAX_SHOWN_CHARS);
+      const [head, tail] = line.split("\u2026");
+      for (const part of [head.slice(shift), tail]) {
+        assert.equal(part, grapheme.repeat(part.length / grapheme.length));
+      }
+    }
   }
 });
 

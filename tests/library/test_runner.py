@@ -285,7 +285,9 @@ def test_names_are_given_once(apps: Apps, relay_url: str) -> None:
     """Two contacts of one name, none at all, one's own link, and a link twice."""
     alice, bob = apps.begin("Alice", relay_url), apps.begin("Bob")
     link = alice.share("Bob", APP_URL)
-    for name, says in (("Bob", "already"), ("", "needs a name")):
+    for name, says in (
+            ("Bob", "already"), ("", "needs a name"), ("\u200d", "needs a name"),
+            ("a\u202eb", "can be shown"), ("\ud800", "can be shown")):
         with pytest.raises(UsageError, match=says):
             alice.share(name, APP_URL)
     with pytest.raises(LinkError, match="your own link"):

@@ -302,6 +302,8 @@ def test_file_with_a_wrong_hash_is_not_kept(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == []
 
 
+# Three emoji that two joiners make one.
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
 HOSTILE_NAMES = {
     "../../etc/passwd": "passwd",
     "/etc/passwd": "passwd",
@@ -317,10 +319,22 @@ HOSTILE_NAMES = {
     "\ud800x": "\ufffdx",
     "e" * 199: "e" * 199,
     "e" * 200: "e" * 200,
-    "e" * 194 + ".tar.gz": "e" * 133 + "\u2026" + "e" * 59 + ".tar",
+    # A long name keeps its suffix.
+    "e" * 196 + ".txt": "e" * 196 + ".txt",
+    "e" * 197 + ".txt": "e" * 196 + ".txt",
+    "e" * 197 + "." + "t" * 20: "e" * 197 + ".tt",
     "\u00fc" * 300: "\u00fc" * 100,
-    "a" + " " * 300 + ".exe": "a \u2026 .exe",
+    "\u8cb7" * 67: "\u8cb7" * 66,
+    "\u8cb7" * 67 + ".txt": "\u8cb7" * 65 + ".txt",
+    "e" * 199 + "e\u0301": "e" * 199,
+    "e" * 190 + FAMILY + ".jpg": "e" * 190 + ".jpg",
+    "a" + " " * 300 + ".exe": "a .exe",
     "a\u2800\u3164\u00a0\tb": "a b",
+    # Text of any script stays as it is.
+    "10\u202fAM.png": "10\u202fAM.png",
+    "\u0645\u06cc\u200c\u0634\u0648\u062f": "\u0645\u06cc\u200c\u0634\u0648\u062f",
+    "\u0915\u094d\u200d\u0937": "\u0915\u094d\u200d\u0937",
+    FAMILY: FAMILY,
     "\u2215etc\uff0fpasswd": "_etc_passwd",
     "  spaces  ": "spaces",
     "-rf": "rf",
@@ -472,7 +486,7 @@ FORGED = "Receive 3 bytes, from Bob? [y\u2215N\u2215all]"
 
 @pytest.mark.parametrize(("name", "line"), [
     ("\r\x1b[2KReceive 1 bytes", "\ufffd\ufffd[2KReceive 1 bytes"),
-    (f"a.jpg{' ' * 200}{FORGED}", "a.jpg \u2026 Receive 3 bytes, from Bob_ [y_N_all]"),
+    (f"a.jpg{' ' * 200}{FORGED}", "a.jpg Receive 3 bytes, from Bob_ [y_N_all]"),
     (f"a.jpg{' ' * 9}{FORGED}", "a.jpg Receive 3 bytes, from Bob_ [y_N_all]"),
     ("e" * 59, "e" * 59),
     ("e" * 60, "e" * 60),
