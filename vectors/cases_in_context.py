@@ -102,6 +102,8 @@ NOTHING_KNOWN: Json = {
     "link_hash": "",
     "old_from": "",
     "old_private": "",
+    "link_from": "",
+    "link_private": "",
     "renewal_hashes": [],
     "former_contact": "",
     "key_news": "",
@@ -492,9 +494,14 @@ def accepted_too_late() -> Iterator[Json]:
         "hello at a link withdrawn",
         "alice unshared",
         Box(A0, MALLORYS_HELLO),
-        sent=[told],
+        sent=[told, undone_of_mallory()],
         state="unshared",
     )
+
+
+def undone_of_mallory() -> Json:
+    """Return what undoes a welcome that somebody else has sent to Mallory in Alice's place."""
+    return reply(M0, "unshare", M0_AT, hash_of(MALLORYS_HELLO), connectoid=A0_AT)
 
 
 def accepted_first() -> Iterator[Json]:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cases_in_context import LATE, SOON, Box, accepted, alices, bobs, context, contexts, reply
+from cases_in_context import (
+    LATE,
+    SOON,
+    Box,
+    accepted,
+    alices,
+    bobs,
+    bound_of_alice,
+    context,
+    contexts,
+    reply,
+    undone_of_mallory,
+)
 from cases_refused import beside, refused
 from vector_forms import RENEW, hash_of, hash_of_link, mailbox, prove, prove_renewal
 from vector_keys import Json, Key, b64, scatter, sha256, sign, unb64
@@ -24,11 +36,16 @@ from vector_people import (
     B2,
     B2_AT,
     BOB,
+    HELLO,
     INVITATION,
+    M0,
+    M0_AT,
     MALLORY,
+    MALLORYS_HELLO,
     NEW_ALICE,
     NEW_BOB,
     NEWEST_BOB,
+    R,
     S,
 )
 
@@ -78,6 +95,7 @@ def contexts_of_renewals() -> dict[str, Json]:
         "alice paired, Bob is new": known["alice paired"] | bob_is_new,
         "alice paired, two were Bob": known["alice paired"] | {"key_news": "copied"},
         "alice unshared, Bob is new": known["alice unshared"] | bob_is_new,
+        **contexts_of_links_left(renewing),
         "bob paired, Alice is new": known["bob paired"]
         | {
             "contact": NEW_ALICE.pub,
@@ -99,12 +117,54 @@ def contexts_of_renewals() -> dict[str, Json]:
     }
 
 
+def contexts_of_links_left(renewing: Json) -> dict[str, Json]:
+    """Return those of Alice whose link somebody may still open, while she renews and afterwards."""
+    bound: Json = {name: known for name, known in bound_of_alice().items() if name != "welcome"}
+    link: Json = {"link_from": ALICE.pub, "link_private": ALICE.private}
+    done: Json = {"old_from": "", "old_private": "", "renewal_hashes": []}
+    under_way = context(
+        "inviter",
+        "paired",
+        {"invited": A0_AT, "pending": A2_AT, "current": A1_AT},
+        **bound,
+        connectoid=B1_AT,
+        seen_seq=SOON,
+    ) | renewing | link
+    return {
+        "alice paired, renewing, with her link": under_way,
+        "alice paired, renewed, with her link": under_way | done,
+        "alice unshared, renewed, with her link": under_way | done | {"state": "unshared"},
+    }
+
+
 def accepted_renewals() -> Iterator[Json]:
     """Yield renewals that count, and what counts after them."""
     yield from accepted_new_keys()
     yield from accepted_after_renewals()
     yield from accepted_while_renewing()
     yield from accepted_in_other_order()
+    yield from accepted_at_links_left()
+
+
+def accepted_at_links_left() -> Iterator[Json]:
+    """Yield hellos to a link whose signing key was renewed."""
+    told = reply(M0, "used", M0_AT, hash_of(MALLORYS_HELLO), r=R, connectoid=A0_AT)
+    for name, where, undone, members in (
+        ("second hello, while renewing", "alice paired, renewing, with her link", [],
+         {"warned": True, "state": "paired"}),
+        ("second hello, after a renewal", "alice paired, renewed, with her link",
+         [undone_of_mallory()], {"warned": True, "state": "paired"}),
+        ("hello at a link withdrawn, after a renewal", "alice unshared, renewed, with her link",
+         [undone_of_mallory()], {"state": "unshared"}),
+    ):
+        yield accepted(name, where, Box(A0, MALLORYS_HELLO), sent=[told, *undone], **members)
+    yield accepted(
+        "the same hello again, after a renewal",
+        "alice paired, renewed, with her link",
+        Box(A0, HELLO),
+        state="paired",
+        contact=BOB.pub,
+    )
 
 
 def answered(box: Key, to: str, renewed: str, signer: Key = ALICE) -> Json:

@@ -242,7 +242,7 @@ def check_connectoid(machine: Machine, address: str) -> None:
     mailboxes = check_address(machine.suite, address, allow_http=machine.allow_http)
     record = machine.record
     own_keys = {mailbox.pub for own in record.addresses for mailbox in own.mailboxes}
-    own_keys |= {record.signer, record.old_signer}
+    own_keys |= record.signers
     if any(mailbox.pub in own_keys for mailbox in mailboxes):
         raise Refused("address", "it has a key of one's own")
 

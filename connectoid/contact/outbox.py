@@ -74,10 +74,32 @@ def repeat_welcome(machine: Machine, address: str) -> None:
     post(machine, address, machine.record.welcome)
 
 
+def refuse(machine: Machine, address: str, hello_hash: str, *, is_to_stranger: bool) -> None:
+    """Tell the sender of a hello that the link is used, and that a welcome is not to be kept.
+
+    A copy of this device may have sent one. The contact itself may live at this address, whoever
+    has sent the hello: so only a key that it takes nothing from any more says `unshare`.
+    """
+    send_used(machine, address, hello_hash, is_to_stranger=is_to_stranger)
+    if machine.record.is_link_key_idle:
+        jws = sign_by_link_key(machine, "unshare", address, hello_hash)
+        post(machine, address, jws, is_to_stranger=is_to_stranger)
+
+
 def send_used(machine: Machine, address: str, hello_hash: str, *, is_to_stranger: bool) -> None:
     """Tell the sender of a hello that the link is used. R proves that the inviter says so."""
-    jws = sign(machine, "used", address, hello_hash, r=machine.record.r)
+    jws = sign_by_link_key(machine, "used", address, hello_hash, r=machine.record.r)
     post(machine, address, jws, is_to_stranger=is_to_stranger)
+
+
+def sign_by_link_key(machine: Machine, kind: str, to: str, re: str, **members: Any) -> str:
+    """Return a new message by the signing key in the link, with no address but that of the link."""
+    record = machine.record
+    private_key = record.link_private_key or record.private_key
+    members["from"] = record.link_signer or record.signer
+    members["connectoid"] = record.addresses[0].address
+    payload = make_payload(machine, kind, to, re, **members)
+    return sign_jws(machine.suite, private_key, payload)
 
 
 # -- Numbered messages, known by their `seq` ---------------------------------------------
@@ -180,7 +202,7 @@ def say(machine: Machine, kind: str, re: str | None, **members: Any) -> str:
 
 def send_renew(machine: Machine) -> None:
     """Have the old key say which one follows it."""
-    proof = renewal.prove(machine, _announced(machine, "renew").address)
+    proof = renewal.prove(machine, _announced(machine).address)
     message_hash = say_by_old_key(
         machine, "renew", None, next=machine.record.signer, proof=proof)
     renewal.note_said(machine, message_hash)
@@ -214,7 +236,7 @@ def make_payload(
         "from": machine.record.signer,
         "seq": machine.record.seq,
         "re": re,
-        "connectoid": _announced(machine, kind).address,
+        "connectoid": _announced(machine).address,
         **members,
     }
 
@@ -231,13 +253,10 @@ def next_seq(machine: Machine) -> int:
     return max(wall_us, following)
 
 
-def _announced(machine: Machine, kind: str) -> OwnAddress:
-    """Return the address for replies. Strangers with the link learn no address but its own."""
+def _announced(machine: Machine) -> OwnAddress:
+    """Return the address for replies."""
     record = machine.record
-    first = record.addresses[0]
-    if kind == "used":
-        return first
-    return record.pending or record.current or first
+    return record.pending or record.current or record.addresses[0]
 
 
 def post(

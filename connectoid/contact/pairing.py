@@ -176,6 +176,9 @@ def take_hello_again(machine: Machine, received: Received) -> str:
     record = machine.record
     if message.hash != record.hello_hash:
         return take_other_hello(machine, received)
+    if record.link_signer:
+        # The contact has taken the welcome, or there would have been no renewal.
+        return record.state
     if not record.welcome:
         if machine.attempt.state == "apart":
             welcome(machine, received)
@@ -204,7 +207,7 @@ def refuse_hello(machine: Machine, received: Received) -> str:
         used_to = (*used_to, sender)[-MAX_USED:]
     if may_tell:
         machine.keep(used_to=used_to)
-        outbox.send_used(
+        outbox.refuse(
             machine, message.payload["connectoid"], message.hash,
             is_to_stranger=sender != machine.record.contact)
     return machine.record.state

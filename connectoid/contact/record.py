@@ -118,6 +118,9 @@ class ContactRecord:
     # The signing key before, which vouches for the present one until the contact has answered.
     old_private_key: str = field(default="", repr=False)
     old_signer: str = ""
+    # The signing key in the link, once a renewal has replaced it. It answers who opens the link.
+    link_private_key: str = field(default="", repr=False)
+    link_signer: str = ""
     # The hashes of what has told the contact of the present one, the newest last. Who answers one
     # of them knows it.
     renewal_hashes: tuple[str, ...] = ()
@@ -146,7 +149,23 @@ class ContactRecord:
     def private_keys(self) -> set[str]:
         """Return all private keys that the record holds."""
         boxes = {key for own in self.addresses for key in own.keys}
-        return {self.private_key, self.old_private_key, *boxes} - {""}
+        signing = {self.private_key, self.old_private_key, self.link_private_key}
+        return (signing | boxes) - {""}
+
+    @property
+    def signers(self) -> set[str]:
+        """Return the public keys of all signing keys that the record holds."""
+        return {self.signer, self.old_signer, self.link_signer} - {""}
+
+    @property
+    def is_link_key_idle(self) -> bool:
+        """Return whether the contact takes nothing any more from the signing key in the link.
+
+        Either it has heard of a newer one, or the sharing has ended.
+        """
+        if self.state == "unshared":
+            return True
+        return self.link_signer not in ("", self.old_signer)
 
     @property
     def is_moving(self) -> bool:

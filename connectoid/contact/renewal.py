@@ -24,8 +24,8 @@ from connectoid.versions import RENEWAL_VERSION
 def begin(machine: Machine) -> None:
     """Make a new signing key and a new address; raise UsageError if this is not the time for it.
 
-    A copy of the device has the keys of the mailboxes too, and what the link needs. So all of that
-    goes.
+    A copy of the device has the keys of the mailboxes too, so all of these go. What the link needs
+    stays with it: whoever opens the link has to hear that it is used.
     """
     record = machine.record
     if record.state != "paired":
@@ -37,7 +37,7 @@ def begin(machine: Machine) -> None:
     if record.old_signer:
         raise UsageError("The contact has not answered the last renewal yet. Wait until it has.")
     rotation.rotate(machine)
-    rotation.leave_invitation(machine)
+    keep_link_key(machine)
     private_key, signer = machine.suite.make_key()
     machine.keep(
         private_key=private_key,
@@ -45,6 +45,14 @@ def begin(machine: Machine) -> None:
         old_private_key=record.private_key,
         old_signer=record.signer,
     )
+
+
+def keep_link_key(machine: Machine) -> None:
+    """Keep the signing key in the link, as long as somebody may still open that."""
+    record = machine.record
+    machine.keep(welcome="")
+    if record.invited is not None and not record.link_signer:
+        machine.keep(link_private_key=record.private_key, link_signer=record.signer)
 
 
 def prove(machine: Machine, address: str) -> str:

@@ -149,7 +149,15 @@ def _left_lately(machine: Machine) -> tuple[OwnAddress, ...]:
 
 def leave_invitation(machine: Machine) -> None:
     """Keep nothing of the invitation: nobody can open the link any more, and the contact stays."""
-    machine.keep(invitation="", r="", welcome="", invited=None, expires_us=NEVER_US)
+    machine.keep(
+        invitation="",
+        r="",
+        welcome="",
+        invited=None,
+        link_private_key="",
+        link_signer="",
+        expires_us=NEVER_US,
+    )
 
 
 def note_new(machine: Machine, own: OwnAddress, now: Now) -> None:

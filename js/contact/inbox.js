@@ -18,7 +18,7 @@ import * as connecting from "./connecting.js";
 import { isSet } from "./effects.js";
 import * as outbox from "./outbox.js";
 import * as pairing from "./pairing.js";
-import { KNOWN, addressesOf, keyedMailboxes, mailboxesOf } from "./record.js";
+import { KNOWN, addressesOf, keyedMailboxes, mailboxesOf, signersOf } from "./record.js";
 import * as renewal from "./renewal.js";
 import { takeIntoUse } from "./rotation.js";
 import { LAST_WORDS, NUMBERED_FOR } from "./rules.js";
@@ -300,7 +300,7 @@ async function takeNumbered(machine, received) {
  */
 async function checkConnectoid({ suite, allowed, record }, address) {
   const mailboxes = await checkAddress(suite, address, allowed);
-  const ownKeys = new Set([record.signer, record.oldSigner]);
+  const ownKeys = new Set(signersOf(record));
   for (const { pub } of addressesOf(record).flatMap(mailboxesOf)) ownKeys.add(pub);
   if (mailboxes.some(({ pub }) => ownKeys.has(pub))) {
     throw new Refused("address", "it has a key of one's own");

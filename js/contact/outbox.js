@@ -15,7 +15,7 @@ import { sealMessage, signJws } from "../messages.js";
 import { hashJws, prove } from "../suite.js";
 import { VERSIONS } from "../versions.js";
 import { isSet } from "./effects.js";
-import { KNOWN, addressesOf } from "./record.js";
+import { KNOWN, addressesOf, isLinkKeyIdle } from "./record.js";
 import * as renewal from "./renewal.js";
 import { isDue, rotate, rotateIfDue } from "./rotation.js";
 
@@ -86,6 +86,23 @@ export function repeatWelcome(machine, address) {
 }
 
 /**
+ * Tell the sender of a hello that the link is used, and that a welcome is not to be kept.
+ *
+ * A copy of this device may have sent one. The contact itself may live at this address, whoever has
+ * sent the hello: so only a key that it takes nothing from any more says `unshare`.
+ * @param {Machine} machine
+ * @param {string} address
+ * @param {string} helloHash
+ * @param {{isToStranger: boolean}} whom
+ */
+export async function refuse(machine, address, helloHash, whom) {
+  await sendUsed(machine, address, helloHash, whom);
+  if (isLinkKeyIdle(machine.record)) {
+    await post(machine, address, await signByLinkKey(machine, "unshare", address, helloHash), whom);
+  }
+}
+
+/**
  * Tell the sender of a hello that the link is used; r proves that this is no lie.
  * @param {Machine} machine
  * @param {string} address
@@ -94,8 +111,24 @@ export function repeatWelcome(machine, address) {
  */
 export async function sendUsed(machine, address, helloHash, { isToStranger }) {
   const { r } = machine.record;
-  const jws = await sign(machine, "used", address, helloHash, { r });
+  const jws = await signByLinkKey(machine, "used", address, helloHash, { r });
   await post(machine, address, jws, { isToStranger });
+}
+
+/**
+ * Return a new message by the signing key in the link, with no address but that of the link.
+ * @param {Machine} machine
+ * @param {string} type
+ * @param {string} to
+ * @param {string} re
+ * @param {object} [members]
+ */
+function signByLinkKey(machine, type, to, re, members) {
+  const { linkPrivateKey, linkSigner, privateKey, signer } = machine.record;
+  const [{ address: connectoid }] = addressesOf(machine.record);
+  const from = linkSigner || signer;
+  const payload = makePayload(machine, type, to, re, { from, connectoid, ...members });
+  return signJws(machine.suite, linkPrivateKey ?? privateKey, payload);
 }
 
 // -- Numbered messages, known by their `seq` ---------------------------------------------
@@ -225,7 +258,7 @@ async function say(machine, type, re, members) {
  * @param {Machine} machine
  */
 async function sendRenew(machine) {
-  const proof = await renewal.prove(machine, announcedAddress(machine, "renew"));
+  const proof = await renewal.prove(machine, announcedAddress(machine));
   const members = { next: machine.record.signer, proof };
   renewal.noteSaid(machine, await sayByOldKey(machine, "renew", null, members));
 }
@@ -269,7 +302,7 @@ async function sign(machine, type, to, re, members) {
 function makePayload(machine, type, to, re, members) {
   const seq = nextSeq(machine);
   machine.keep({ seq });
-  const connectoid = announcedAddress(machine, type);
+  const connectoid = announcedAddress(machine);
   return { type, to, from: machine.record.signer, seq, re, connectoid, ...members };
 }
 
@@ -286,14 +319,12 @@ function nextSeq({ now, record }) {
 }
 
 /**
- * Return the address for replies. Strangers who have the link learn no other than its own.
+ * Return the address for replies.
  * @param {Machine} machine
- * @param {string} type
  */
-function announcedAddress(machine, type) {
+function announcedAddress(machine) {
   const { pending, current } = machine.record;
   const [first] = addressesOf(machine.record);
-  if (type === "used") return first.address;
   return (pending ?? current ?? first).address;
 }
 

@@ -202,8 +202,10 @@ async function welcome(machine, { message, fresh }) {
  */
 async function takeHelloAgain(machine, received) {
   const { hash, payload } = received.message;
-  const { helloHash, welcome: made } = machine.record;
+  const { helloHash, linkSigner, state, welcome: made } = machine.record;
   if (hash !== helloHash) return takeOtherHello(machine, received);
+  // The contact has taken the welcome, or there would have been no renewal.
+  if (linkSigner) return state;
   if (!made) {
     if (machine.attempt.state === "apart") await welcome(machine, received);
   } else if (machine.mayRepeat("welcome")) {
@@ -235,7 +237,7 @@ async function refuseHello(machine, { message: { hash, payload }, fresh }) {
   if (mayTell) {
     if (!isKnown) machine.keep({ usedTo: [...usedTo, payload.from].slice(-MAX_USED) });
     const isToStranger = payload.from !== contact;
-    await outbox.sendUsed(machine, payload.connectoid, hash, { isToStranger });
+    await outbox.refuse(machine, payload.connectoid, hash, { isToStranger });
   }
   return machine.record.state;
 }

@@ -56,6 +56,9 @@ import { NUMBERED_FOR, PAIRING_STATES } from "./rules.js";
  * @property {string[]} namedRelays the URLs that the user has named, of relays with own addresses
  * @property {Key} oldPrivateKey vouches for the present one until the contact has answered
  * @property {string} oldSigner its public key
+ * @property {Key} linkPrivateKey that of the link, once a renewal has replaced it: it answers who
+ *   opens the link
+ * @property {string} linkSigner its public key
  * @property {string[]} renewalHashes of what has told of the present one, the newest last
  * @property {string} formerContact the other's signing key before the present one
  * @property {string} keyNews one of KEY_NEWS, until the user says that all is well
@@ -74,6 +77,12 @@ export const KEY_NEWS = ["", "renewed", "copied"];
  * @type {Pick<ContactRecord, "oldPrivateKey" | "oldSigner" | "renewalHashes">}
  */
 export const NO_OLD_KEY = { oldPrivateKey: null, oldSigner: "", renewalHashes: [] };
+
+/**
+ * The signing key is that of the link, or the link is no more.
+ * @type {Pick<ContactRecord, "linkPrivateKey" | "linkSigner">}
+ */
+export const NO_LINK_KEY = { linkPrivateKey: null, linkSigner: "" };
 
 /** A record of which nothing is known. @type {ContactRecord} */
 export const BLANK = {
@@ -111,6 +120,7 @@ export const BLANK = {
   why: "",
   namedRelays: [],
   ...NO_OLD_KEY,
+  ...NO_LINK_KEY,
   formerContact: "",
   keyNews: "",
 };
@@ -128,6 +138,24 @@ export const KNOWN = { allowHttp: true };
 export function compared(record, same) {
   const keyNews = same ? "" : record.keyNews;
   return { ...record, verified: same, differs: !same, keyNews };
+}
+
+/**
+ * Return the public keys of all signing keys in a record.
+ * @param {ContactRecord} record
+ */
+export function signersOf({ signer, oldSigner, linkSigner }) {
+  return [signer, oldSigner, linkSigner].filter((key) => key !== "");
+}
+
+/**
+ * Say whether the contact takes nothing any more from the signing key in the link.
+ *
+ * Either it has heard of a newer one, or the sharing has ended.
+ * @param {ContactRecord} record
+ */
+export function isLinkKeyIdle({ state, oldSigner, linkSigner }) {
+  return state === "unshared" || (linkSigner !== "" && linkSigner !== oldSigner);
 }
 
 /**
@@ -186,7 +214,7 @@ function withLater(kept) {
   const namedRelays = relaysNamed === true ? urlsOf(others.relays) : [];
   return {
     differs: false, protocol: 1, app: "", replaced: [], namedRelays, ...NO_OLD_KEY,
-    formerContact: "", keyNews: "",
+    ...NO_LINK_KEY, formerContact: "", keyNews: "",
     ...others,
     former: former.map((own) => ({ leftUs, ...own })),
   };

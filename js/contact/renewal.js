@@ -15,7 +15,7 @@ import { MAX_RENEWAL_HASHES } from "../limits.js";
 import { CONTEXTS, sha256 } from "../suite.js";
 import { RENEWAL_VERSION } from "../versions.js";
 import { NO_OLD_KEY } from "./record.js";
-import { leaveInvitation, rotate } from "./rotation.js";
+import { rotate } from "./rotation.js";
 
 /** @import { Message } from "../messages.js" */
 /** @import { Machine, Received } from "./machine.js" */
@@ -23,8 +23,8 @@ import { leaveInvitation, rotate } from "./rotation.js";
 /**
  * Make a new signing key and a new address; throw UsageError if this is not the time for it.
  *
- * A copy of the device has the keys of the mailboxes too, and what the link needs. So all of that
- * goes.
+ * A copy of the device has the keys of the mailboxes too, so all of these go. What the link needs
+ * stays with it: whoever opens the link has to hear that it is used.
  * @param {Machine} machine
  */
 export async function begin(machine) {
@@ -39,7 +39,7 @@ export async function begin(machine) {
       "The contact has not answered the last renewal yet. Wait until it has.");
   }
   await rotate(machine);
-  leaveInvitation(machine);
+  keepLinkKey(machine);
   const [newKey, newSigner] = await machine.suite.makeKey("ECDSA");
   machine.keep({
     privateKey: newKey,
@@ -47,6 +47,16 @@ export async function begin(machine) {
     oldPrivateKey: privateKey,
     oldSigner: signer,
   });
+}
+
+/**
+ * Keep the signing key in the link, as long as somebody may still open that.
+ * @param {Machine} machine
+ */
+function keepLinkKey(machine) {
+  const { invited, linkSigner, privateKey, signer } = machine.record;
+  machine.keep({ welcome: "" });
+  if (invited && !linkSigner) machine.keep({ linkPrivateKey: privateKey, linkSigner: signer });
 }
 
 /**

@@ -11,7 +11,7 @@ import { UsageError } from "../errors.js";
 import { DAY_US, MAX_FORMER, MAX_REPLACED, NEVER_US, ROTATION_US } from "../limits.js";
 import { formatAddress } from "../links.js";
 import { checkAddress } from "../suite.js";
-import { addressesOf, mailboxesOf, urlsOf } from "./record.js";
+import { NO_LINK_KEY, addressesOf, mailboxesOf, urlsOf } from "./record.js";
 
 /** @import { Allowed, Relay } from "../links.js" */
 /** @import { Suite } from "../suite.js" */
@@ -167,7 +167,9 @@ function leftLately({ now, record }) {
  * @param {Machine} machine
  */
 export function leaveInvitation(machine) {
-  machine.keep({ invitation: "", r: "", welcome: "", invited: null, expiresUs: NEVER_US });
+  machine.keep({
+    invitation: "", r: "", welcome: "", invited: null, ...NO_LINK_KEY, expiresUs: NEVER_US,
+  });
 }
 
 /**

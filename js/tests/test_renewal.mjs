@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { Contact, UsageError, checkRecord } from "../connectoid.js";
+import { Contact, UsageError, checkRecord, readLink } from "../connectoid.js";
 import { addressesOf } from "../contact/record.js";
 import { noteSaid, provenOctets } from "../contact/renewal.js";
 import { encodeBase64url } from "../encoding.js";
@@ -12,6 +12,7 @@ import {
   AGAIN_IDLE_S, MAX_RENEWAL_ANSWERS, MAX_RENEWAL_HASHES, MAX_SEQ_AHEAD_US, TELL_EVERY_S,
 } from "../limits.js";
 import { openMessage, readJws, sealMessage, signJws } from "../messages.js";
+import { prove } from "../suite.js";
 import { RELAYS, SUITE, Wire, makeSdp, pair } from "./harness.mjs";
 
 /** Let two pair, and leave the connection. */
@@ -95,7 +96,7 @@ for (const name of ["Alice", "Bob"]) {
     assert.notEqual(owner.record.signer, before.signer);
     assert.equal(owner.record.current.address, other.record.contactAddress);
     assert.notEqual(owner.record.current.address, before.current.address);
-    assert.deepEqual([owner.record.invited, owner.record.invitation], [null, ""]);
+    assert.equal(owner.record.welcome, "");
     assert.ok(wire.told.some(([who, event]) => who === name && event === "renewed"));
     assert.ok(wire.told.some(([who, event]) => who === otherName && event === "contact_renewed"));
     await wire.do(name, owner.connect(wire.now));
@@ -443,6 +444,98 @@ test("a record from before there were renewals opens", async () => {
   assert.deepEqual(renewalHashes, []);
   assert.deepEqual(checkRecord(before), alice.record);
 });
+
+/** Let somebody open a link; return the contact. */
+async function openLink(wire, name, invitation) {
+  const [contact, effects] = await Contact.open(SUITE, wire.now, "Alice", invitation);
+  wire.contacts[name] = contact;
+  await wire.do(name, effects);
+  return contact;
+}
+
+test("who opens the link of one who has renewed hears that it is used", async () => {
+  const { wire, alice, bob } = await apart();
+  const link = readLink(alice.record.invitation);
+  const { signer, privateKey } = alice.record;
+  for (let number = 0; number < 2; number += 1) {
+    await wire.do("Alice", alice.renew(wire.now));
+    await wire.rounds(4);
+    assertAgreed(alice, bob);
+  }
+  const { linkSigner, linkPrivateKey } = checkRecord(alice.record);
+  assert.deepEqual([linkSigner, linkPrivateKey], [signer, privateKey]);
+  const eve = await openLink(wire, "Eve", link);
+  await wire.rounds(2);
+  assert.equal(eve.record.why, "used");
+  assert.equal(toldOf(wire, "Alice", "opened_twice"), 1);
+});
+
+for (const [beforeUs, isThere] of [[1, true], [0, false]]) {
+  test(`${beforeUs} µs before its end a link that was renewed is there: ${isThere}`, async () => {
+    const { wire, alice } = await apart();
+    await wire.do("Alice", alice.renew(wire.now));
+    await wire.rounds(4);
+    const now = { ...wire.now, wallUs: alice.record.expiresUs - beforeUs };
+    await wire.do("Alice", alice.tick(now));
+    const { invited, linkSigner, linkPrivateKey, state } = alice.record;
+    assert.deepEqual(
+      [invited !== null, linkSigner !== "", linkPrivateKey !== null, state],
+      [isThere, isThere, isThere, "paired"]);
+  });
+}
+
+for (const says of ["renew", "unshare"]) {
+  test(`a thief who has welcomed somebody is undone by who has said ${says}`, async () => {
+    const wire = new Wire();
+    const [alice, saved] = await Contact.invite(SUITE, wire.now, "Bob", RELAYS);
+    wire.contacts.Alice = alice;
+    await wire.do("Alice", saved);
+    const link = readLink(alice.record.invitation);
+    // His copy is from when the link waited.
+    const thief = copied(alice);
+    if (says === "renew") {
+      await openLink(wire, "Bob", link);
+      await wire.rounds(8);
+    }
+    await wire.do("Alice", alice[says](wire.now));
+    await wire.rounds(4);
+    for (const { pub } of alice.mailboxes) wire.boxes.delete(pub);
+    const eve = await openLink(wire, "Eve", link);
+    wire.contacts.Thief = thief;
+    await wire.poll("Thief");
+    await wire.poll("Eve");
+    assert.deepEqual([eve.record.state, eve.record.contact], ["ready", thief.record.signer]);
+    await wire.poll("Alice");
+    await wire.poll("Eve");
+    assert.deepEqual([eve.record.state, eve.record.why], ["ended", "unshared"]);
+    assert.equal(toldOf(wire, "Alice", "opened_twice"), says === "renew" ? 1 : 0);
+  });
+}
+
+for (const when of ["before", "meanwhile", "afterwards"]) {
+  test(`a hello with the address of the contact ends no contact: ${when}`, async () => {
+    const { wire, alice, bob } = await apart();
+    const link = readLink(alice.record.invitation);
+    if (when !== "before") await wire.do("Alice", alice.renew(wire.now));
+    if (when === "afterwards") await wire.rounds(4);
+    for (const { pub } of bob.mailboxes) wire.boxes.delete(pub);
+    const [key, from] = await SUITE.makeKey("ECDSA");
+    const { address: connectoid } = bob.record.pending ?? bob.record.current;
+    const jws = await signJws(SUITE, key, {
+      type: "hello", to: link.address, from, seq: 1, re: null, connectoid,
+      nonce: encodeBase64url(new Uint8Array(16)), sdpOffer: makeSdp("offer"),
+    });
+    const mailbox = alice.mailboxes.find(({ pub }) => link.address.startsWith(pub));
+    const text = `${jws}.${await prove(link.secret, jws)}`;
+    wire.deliver({ mailbox, data: await sealMessage(SUITE, mailbox.pub, text) });
+    await wire.poll("Alice");
+    assert.equal(alice.record.usedTo.length, 1);
+    await wire.poll("Bob");
+    assert.equal(bob.record.state, "paired");
+    const dropped = Object.values(bob.dropped).reduce((sum, count) => sum + count, 0);
+    assert.ok(dropped >= (when === "afterwards" ? 2 : 1));
+  });
+}
 
 for (const name of ["Alice", "Bob"]) {
   test(`a copy of ${name}'s device that fills mailboxes shuts nobody out`, async () => {

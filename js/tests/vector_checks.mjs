@@ -453,6 +453,8 @@ async function keep(known, rotatedUs) {
     linkHash: known.link_hash,
     oldPrivateKey: known.old_private ? await importKey(known.old_private, "ECDSA") : null,
     oldSigner: known.old_from,
+    linkPrivateKey: known.link_private ? await importKey(known.link_private, "ECDSA") : null,
+    linkSigner: known.link_from,
     renewalHashes: known.renewal_hashes,
     hello: known.hello,
     helloHash: known.hello_hash,

@@ -254,6 +254,8 @@ SAVED_MEMBERS = {
     "named_relays",
     "old_private_key",
     "old_signer",
+    "link_private_key",
+    "link_signer",
     "renewal_hashes",
     "former_contact",
     "key_news",

@@ -58,6 +58,12 @@ def renew(app: App) -> None:
     app.do(app.contact.renew(app.world.now))
 
 
+def leave_link(app: App) -> None:
+    """Let the link of an app come to its end."""
+    app.world.advance(limits.INVITATION_US / 1e6)
+    app.tick()
+
+
 def is_agreed(one: App, other: App) -> bool:
     """Return whether each side knows the key of the other, and no renewal is under way."""
     return (
@@ -91,6 +97,7 @@ def test_renewal_replaces_the_key_and_the_address_and_both_are_told(toy: World, 
     assert (owner.told.count("renewed"), other.told.count("contact_renewed")) == (1, 1)
     assert current_of(owner).address == other.record.contact_address
     assert current_of(owner) not in (before.current, before.pending)
+    leave_link(owner)
     assert before.private_key not in owner.saved
     connect(owner, other)
 
@@ -107,19 +114,108 @@ def test_mark_and_emoji_survive_a_renewal(toy: World, who: str) -> None:
     assert owner.record.comparison == other.record.comparison
 
 
-def test_inviter_who_renews_gives_up_her_link(toy: World) -> None:
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_who_opens_the_link_of_one_who_has_renewed_hears_that_it_is_used(
+    toy: World, times: int
+) -> None:
     alice, bob = apart(toy)
     link = link_of(alice)
+    first = alice.record.signer
+    for _ in range(times):
+        renew(alice)
+        settle(alice, bob)
+    # One more is under way.
+    bob.online = False
     renew(alice)
-    settle(alice, bob)
-    assert (alice.record.invitation, alice.record.r, alice.record.welcome) == ("", "", "")
-    assert parse_address(link.address)[0] not in alice.contact.mailboxes
+    assert (alice.record.link_signer, alice.record.welcome) == (first, "")
+    alice = alice.restarted()
     eve = open_link(toy, link)
     settle(alice, eve)
-    assert eve.record.state == "opened"
-    toy.advance(limits.INVITATION_US / 1e6)
-    alice.tick()
+    assert (eve.record.why, alice.told.count("opened_twice")) == ("used", 1)
     assert alice.record.state == "paired"
+
+
+def test_link_of_one_who_has_renewed_ends_by_its_own_date_and_its_key_goes(toy: World) -> None:
+    alice, bob = apart(toy)
+    link = link_of(alice)
+    key = alice.record.private_key
+    renew(alice)
+    settle(alice, bob)
+    assert alice.record.link_private_key == key
+    toy.wall_us = alice.record.expires_us - 1
+    alice.tick()
+    assert parse_address(link.address)[0] in alice.contact.mailboxes
+    toy.wall_us += 1
+    alice.tick()
+    assert (alice.record.invitation, alice.record.r, alice.record.link_signer) == ("", "", "")
+    assert key not in alice.saved
+    assert parse_address(link.address)[0] not in alice.contact.mailboxes
+    # What is renewed later was never in a link that somebody can open.
+    renew(alice)
+    assert (alice.record.link_signer, alice.record.state) == ("", "paired")
+
+
+def test_hello_that_counts_is_not_answered_after_a_renewal(toy: World) -> None:
+    """Relays keep it for an hour, and whoever has it can repeat it. The welcome is gone."""
+    alice = invite(toy)
+    link = link_of(alice)
+    bob = open_link(toy, link)
+    toy.advance(1.0)
+    hello = bob.record.hello
+    settle(alice, bob)
+    renew(alice)
+    settle(alice, bob)
+    for app in (alice, alice.restarted()):
+        assert count(Send, app.hear(hello, at=link.address)) == 0
+        assert app.record.contact == bob.record.signer
+        assert app.record.welcome == ""
+
+
+@pytest.mark.parametrize("says", ["renew", "unshare"])
+def test_thief_who_has_welcomed_somebody_is_undone_once_the_owner_is_there(
+    toy: World, says: str
+) -> None:
+    """His copy is from when the link waited."""
+    alice = invite(toy)
+    link = link_of(alice)
+    thief = alice.restarted()
+    if says == "renew":
+        bob = open_link(toy, link)
+        alice.poll()
+        settle(alice, bob)
+        renew(alice)
+        settle(alice, bob)
+    else:
+        alice.unshare()
+    for mailbox in parse_address(link.address):
+        toy.boxes[mailbox.pub].clear()
+    eve = open_link(toy, link)
+    thief.poll()
+    eve.poll()
+    assert (eve.record.state, eve.record.contact) == ("ready", thief.record.signer)
+    alice.poll()
+    eve.poll()
+    assert (eve.record.state, eve.record.why) == ("ended", "unshared")
+    assert ("opened_twice" in alice.told) == (says == "renew")
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile", "afterwards"])
+def test_hello_with_the_address_of_the_contact_ends_no_contact(toy: World, when: str) -> None:
+    """Whoever has the link and runs the relay knows that address, and asks for replies to it."""
+    alice, bob = apart(toy)
+    link = link_of(alice)
+    if when != "before":
+        renew(alice)
+    if when == "afterwards":
+        settle(alice, bob)
+    for own in bob.record.addresses:
+        toy.drop(own.address)
+    hello = Attacker(toy).hello(link, connectoid=newest(bob).address)
+    said = count(Send, alice.hear(hello, at=link.address))
+    assert said == (2 if when == "afterwards" else 1)
+    bob.poll()
+    assert sum(bob.contact.dropped.values()) >= said
+    assert bob.record.state == "paired"
 
 
 @pytest.mark.parametrize("who", NAMES)
@@ -178,6 +274,7 @@ def test_suite_and_record_keep_no_key_that_was_renewed() -> None:
         renew(owner)
         assert old in suite._private_keys
         settle(owner, other)
+        leave_link(owner)
         assert old not in owner.saved
         assert old not in suite._private_keys
     assert alice.record.private_keys | bob.record.private_keys <= {*suite._private_keys}

@@ -414,6 +414,8 @@ def keep(known: Any, now_us: int) -> ContactRecord:
         signer=known["from"],
         old_private_key=private(known["old_private"]) if known["old_private"] else "",
         old_signer=known["old_from"],
+        link_private_key=private(known["link_private"]) if known["link_private"] else "",
+        link_signer=known["link_from"],
         renewal_hashes=tuple(known["renewal_hashes"]),
         expires_us=NEVER_US,
         rotated_us=now_us,
