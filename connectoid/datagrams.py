@@ -12,12 +12,17 @@ from an address of the other.
 aiortc reads one record of DTLS for each datagram. The others that it brings would stay in OpenSSL,
 and be more and more. So each record is given to it like a datagram of its own.
 
+What comes while others have their turn waits in the kernel, which has little room for it: each
+burst of a large file lost packets. So the kernel is asked for more.
+
 aioice has no setting for it. Another version may have other names: then nothing is bounded here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import socket
 from collections.abc import Callable, Iterator
 from struct import unpack_from
 from typing import Any, TypeAlias
@@ -31,6 +36,10 @@ MAX_QUEUED_RECORDS = 256
 # reads as many of a record, and sends as many at once. A STUN message of 64 KiB, with a checksum
 # after each checksum, took aioice 0.1 s to refuse.
 MAX_DATAGRAM_BYTES = 1_500
+
+# Of datagrams that wait in the kernel for a socket: what another Connectoid has under way at most.
+# Linux has 208 KiB, with its own 1.1 KB for each packet: 92 of them. Windows has 64 KiB.
+RECEIVE_BUFFER_BYTES = 1024 * 1024
 
 # The first octet of what is for DTLS (RFC 7983, section 7). A data channel has nothing else.
 DTLS = range(20, 64)
@@ -73,6 +82,7 @@ class DatagramBound:
         """Gather, and listen to all sockets that were opened for it. No path is found before."""
         candidates = await self._gather(*args, **kwargs)
         for protocol in self._connection._protocols:
+            _enlarge_buffer(protocol.transport)
             protocol.datagram_received = functools.partial(
                 self.datagram_received, protocol.datagram_received)
         return candidates
@@ -130,6 +140,16 @@ def records_of(datagram: bytes) -> Iterator[bytes]:
         end = at + RECORD_HEADER_BYTES + length
         yield datagram[at:end]
         at = end
+
+
+def _enlarge_buffer(transport: Any) -> None:
+    """Ask for more room in the kernel. It gives less where its limit is lower, or an error."""
+    own = transport.get_extra_info("socket")
+    if own is None:
+        return
+    if own.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < RECEIVE_BUFFER_BYTES:
+        with contextlib.suppress(OSError):
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
 
 
 def bound_datagrams(connection: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Awaitable, Callable
 from struct import pack
@@ -15,6 +16,7 @@ from connectoid.datagrams import (
     MAX_DATAGRAM_BYTES,
     MAX_QUEUED_RECORDS,
     NEEDED,
+    RECEIVE_BUFFER_BYTES,
     bound_datagrams,
 )
 from connectoid.limits import MAX_CANDIDATES
@@ -44,6 +46,8 @@ class FakeProtocol:
 
     def __init__(self) -> None:
         self.local_candidate = candidate_at(ALICE)
+        # Without a socket.
+        self.transport = asyncio.DatagramTransport()
         self.answered: list[tuple[str, int]] = []
         self.asked: list[tuple[str, int]] = []
         self.heard: list[bytes] = []
@@ -294,6 +298,33 @@ def test_only_what_is_for_dtls_is_taken(datagram: bytes, *, is_taken: bool) -> N
         assert alice.take(datagram) == [datagram] * is_taken
 
     run(play)
+
+
+def room_of(own: Any) -> int:
+    """Return how much waits in the kernel for a socket."""
+    room: int = own.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    return room
+
+
+def test_kernel_is_asked_to_keep_a_burst() -> None:
+    """It gives what it would give to anybody who asks."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asks:
+        if room_of(asks) < RECEIVE_BUFFER_BYTES:
+            with contextlib.suppress(OSError):
+                asks.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        given = room_of(asks)
+
+    async def rooms() -> list[int]:
+        connection = ice.Connection(ice_controlling=False)
+        bound_datagrams(connection)
+        await connection.get_component_candidates(1, ["127.0.0.1"])
+        found = [
+            room_of(protocol.transport.get_extra_info("socket"))
+            for protocol in connection._protocols]
+        await connection.close()
+        return found
+
+    assert asyncio.run(rooms()) == [given]
 
 
 def test_aioice_has_all_that_is_bounded() -> None:
