@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from connectoid.recovery import MOST_KEPT, NEEDED, recover_soon
+from connectoid.recovery import MAX_SPAN, MOST_KEPT, NEEDED, recover_soon
 
 sctp = pytest.importorskip("aiortc.rtcsctptransport")
 channels = pytest.importorskip("aiortc.rtcdatachannel")
 
 PATIENCE_S = 60.0
 # Of chunks: RFC 9260, section 3.2.
+DATA = 0
 INIT = 1
 INIT_ACK = 2
 CHUNK_BYTES = sctp.USERDATA_MAX_LENGTH
@@ -133,24 +135,35 @@ class Sender:
         self.sctp._cwnd = self.sctp._ssthresh = WINDOW * CHUNK_BYTES
         self._first_tsn = self.sctp._local_tsn
 
-    async def send(self) -> None:
+    async def send(self, count: int = 4 * WINDOW) -> None:
         """Have more sent than there is room for."""
-        await self.sctp._send(0, 53, bytes(4 * WINDOW * CHUNK_BYTES))
+        await self.sctp._send(0, 53, bytes(count * CHUNK_BYTES))
         # aiortc sends a few at a time.
         while self.sctp._flight_size < self.sctp._cwnd:
             await self.sctp._transmit()
 
-    async def confirm(self, count: int, gap: tuple[int, int] | None = None) -> None:
+    async def confirm(self, count: int, *gaps: tuple[int, int]) -> None:
         """Have a SACK come: for so many, and for some that come after one that is missing."""
         chunk = sctp.SackChunk()
         chunk.cumulative_tsn = (self._first_tsn + count - 1) % 2**32
-        chunk.gaps = [gap] if gap else []
+        chunk.gaps = list(gaps)
         await self.sctp._receive_chunk(chunk)
 
     async def lose_one(self) -> None:
         """Lose the third packet, and have the three confirmed that come after it."""
         for last in (2, 3, 4):
             await self.confirm(2, (2, last))
+
+    def expire(self) -> None:
+        """Have the timer expire."""
+        self.sctp._t3_cancel()
+        self.sctp._t3_expired()
+
+    def all_repeated(self) -> set[int]:
+        """Return which packets were sent again; the first is 1."""
+        times = collections.Counter(
+            int.from_bytes(packet[16:20]) for packet in self.end.sent if packet[12] == DATA)
+        return {(tsn - self._first_tsn) % 2**32 + 1 for tsn, sent in times.items() if sent > 1}
 
     def repeated(self) -> int:
         """Return how often the third packet was sent again."""
@@ -200,6 +213,74 @@ def test_repeated_packet_is_repeated_again_only_once_its_answer_should_be_there(
         assert sender.repeated() == 1
         await sender.confirm(2, (2, 5 + under_way + 2))
         assert sender.repeated() == 2
+
+    run(play)
+
+
+@pytest.mark.parametrize("was_noticed", [False, True])
+def test_after_the_timer_the_same_loss_costs_nothing_more(*, was_noticed: bool) -> None:
+    """What was under way is still confirmed, packet by packet."""
+
+    async def play() -> None:
+        sender = Sender()
+        await sender.send()
+        await sender.confirm(2)
+        if was_noticed:
+            await sender.lose_one()
+        threshold = sender.sctp._cwnd // 2
+        sender.expire()
+        for last in range(5, WINDOW - 1):
+            await sender.confirm(2, (2, last))
+        assert sender.repeated() == 1 + was_noticed
+        assert sender.sctp._ssthresh == threshold
+        assert sender.sctp._fast_recovery_exit is None
+
+    run(play)
+
+
+def test_loss_of_what_was_sent_after_the_timer_costs_a_part_of_the_window() -> None:
+    async def play() -> None:
+        sender = Sender()
+        await sender.send()
+        sender.expire()
+        for count in range(1, 2 * WINDOW):
+            await sender.confirm(count)
+        threshold = sender.sctp._ssthresh
+        for last in (2, 3, 4):
+            await sender.confirm(2 * WINDOW, (2, last))
+        assert sender.sctp._fast_recovery_exit is not None
+        assert sender.sctp._ssthresh != threshold
+
+    run(play)
+
+
+def test_after_the_timer_only_what_is_missing_is_repeated() -> None:
+    async def play() -> None:
+        sender = Sender()
+        await sender.send()
+        # The third and the tenth are missing, and all from the sixteenth on.
+        await sender.confirm(2, (2, 7), (9, 13))
+        sender.expire()
+        await asyncio.sleep(0)
+        await sender.confirm(9, (2, 6))
+        await sender.confirm(15)
+        assert {3, 10, 16} <= sender.all_repeated() <= {3, 10, *range(16, 4 * WINDOW)}
+
+    run(play)
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_other_end_gets_no_more_than_it_keeps_while_the_first_is_missing(more: int) -> None:
+    async def play() -> None:
+        sender = Sender()
+        await sender.send(MAX_SPAN + more)
+        sent = sender.sctp._sent_queue
+        for last in range(2, MAX_SPAN + 2):
+            await sender.confirm(0, (2, min(last, len(sent))))
+        assert len(sent) == MAX_SPAN + min(more, 0)
+        # It comes at last.
+        await sender.confirm(len(sent))
+        assert len(sent) == max(more, 0)
 
     run(play)
 

@@ -29,6 +29,8 @@ CAUSES: tuple[tuple[Callable[..., Any], str], ...] = (
     (sctp.decode_params, "pos += param_length + padl(param_length)"),
     (sctp.RTCSctpTransport._receive_sack_chunk, "for pos in range(gap[0], gap[1] + 1):"),
     (sctp.RTCSctpTransport._receive_sack_chunk, "self._cwnd += min(done_bytes,"),
+    (sctp.RTCSctpTransport._t3_expired, "if not self._maybe_abandon(chunk):"),
+    (sctp.RTCSctpTransport._transmit, "self._outbound_queue and self._flight_size < cwnd:"),
     (sctp.RTCSctpTransport._mark_received, "sorted(self._sack_misordered)"),
     (dtls.RTCCertificate._create_ssl_context, "lambda *args: True"),
     (mdns.MDnsProtocol.datagram_received, "dns.message.from_wire("),
