@@ -6,9 +6,10 @@
  * renews when its newest key is not confirmed.
  *
  * There are two kinds of messages. `renew` is signed by key - 1 and by the next key, which it has.
- * All else is signed by the newest key. Each is for the newest address of the other side that its
- * sender knows. The network is as bad as can be: each message that was ever sent may arrive at any time, or never,
- * in any order, and again. Numbers of messages are left out, so this network can do even more.
+ * All else is signed by the newest key. Each is for the newest address of the other
+ * side that its sender knows. The network is as bad as can be: each message that was ever sent may
+ * arrive at any time, or never, in any order, and again. Numbers of
+ * messages are left out, so this network can do even more.
  *
  * From some time on relays work: what is sent arrives, `renew` first, though old messages may
  * still come in between.
@@ -16,9 +17,22 @@
  * `understood`: each side knows the newest key of the other, or the one that vouches for it.
  * `agree`: once relays work, each comes to know the other's newest key, and no renewal is open.
  *
- * With PROVES_FOR_CONTACT a proof has the contact's key, too, and counts for the newest one alone,
- * which RENEW-4 leaves out. With ANYWHERE a renewal is complete with a message to any address, which
- * RENEW-7 forbids.
+ * With THIEF somebody copies the device of side 0 at any time. He signs with the keys that it has
+ * then, and what he says reaches side 1 at once. He may renew with a key of his own, also in the
+ * round of the owner's renewal (RENEW-11), and have side 1 write to the owner's newest address,
+ * which a relay tells him. Side 1 is `taken` when it knows the thief's key, and `copied` when it has
+ * heard of two.
+ *
+ * `shut`: once side 1 knows a key that was made after the copy, it never knows the thief's.
+ * `told`: a renewal of such a key that is complete has reached side 1.
+ * `shows`: once relays work, both agree, or somebody is told of a key that nobody meant, or of two.
+ * `untaken`: side 1 never knows the thief's key. That is not promised: the first one wins.
+ *
+ * With BY_ADDRESS anything that comes to the newest address completes a renewal, which RENEW-7
+ * forbids. With OLD_KEY_COUNTS a key that was renewed still counts, which RENEW-8 forbids. With
+ * PROVES_FOR_CONTACT a proof has the contact's key, too, and counts for the newest one alone,
+ * which RENEW-4 leaves out. With ANYWHERE a renewal is complete with a message to any address,
+ * which RENEW-7 forbids.
  */
 
 /* Side has an arm for each key. */
@@ -45,6 +59,18 @@ bool renewals[2 * (KEYS + 1) * (KEYS + 1)];
 bool messages[2 * (KEYS + 1) * (KEYS + 1)];
 bool works;
 
+/* The newest key of side 0 when its device was copied, and what came of it at side 1. */
+byte stolen;
+bool taken;
+bool copied;
+/* The thief's words count at side 1, and those of the owner. */
+#ifdef OLD_KEY_COUNTS
+#define THIEF_COUNTS (stolen && !taken)
+#else
+#define THIEF_COUNTS (stolen && !taken && knows[1] <= stolen)
+#endif
+#define OWNER_COUNTS(side) (side == 0 || !taken)
+
 /* Something that counts comes to an address: RENEW-7. */
 #ifdef ANYWHERE
 #define COMPLETES(side, address) (renews(side))
@@ -61,7 +87,8 @@ inline complete(side, address) {
 
 /* READ-22, READ-35, READ-36. */
 #define ACCEPTS(side, key, address) \
-    (POLLS(side, address) && knows[side] + 1 == key && PROVES(side, address))
+    (OWNER_COUNTS(side) && (side == 0 || !copied) && POLLS(side, address) \
+        && knows[side] + 1 == key && PROVES(side, address))
 /* RENEW-8. */
 inline take_renewal(side, key, address) {
     complete(side, address);
@@ -69,7 +96,8 @@ inline take_renewal(side, key, address) {
 }
 
 /* Any other numbered message. */
-#define COUNTS(side, key, address) (POLLS(side, address) && knows[side] == key)
+#define COUNTS(side, key, address) \
+    (OWNER_COUNTS(side) && POLLS(side, address) && knows[side] == key)
 
 /* RENEW-5. */
 inline send(side) {
@@ -101,7 +129,8 @@ inline say(side, peer) {
 proctype Side(byte me) {
     do
     :: atomic { !works && !renews(me) && newest[me] < KEYS -> newest[me]++ }
-    :: atomic { !works -> send(me) }
+    /* What a side says that knows the thief's key goes to him alone. */
+    :: atomic { !works && OWNER_COUNTS(me) -> send(me) }
     :: atomic { OLD_RENEWAL(2, 1) -> take_renewal(me, 2, 1) }
     :: atomic { OLD_RENEWAL(2, 2) -> take_renewal(me, 2, 2) }
     :: atomic { OLD_RENEWAL(2, 3) -> take_renewal(me, 2, 3) }
@@ -118,12 +147,34 @@ proctype Side(byte me) {
     :: atomic { OLD_MESSAGE(3, 2) -> complete(me, 2) }
     :: atomic { OLD_MESSAGE(3, 3) -> complete(me, 3) }
     /* RENEW-6, and the answer: RENEW-10, ROTATE-9. */
-    :: atomic { works && renews(me) -> say(me, other); say(other, me) }
+    :: atomic { works && renews(me) && !taken -> say(me, other); say(other, me) }
     od
 }
 
+#ifdef THIEF
+proctype Thief() {
+    do
+    :: atomic { !stolen -> stolen = newest[0] }
+    :: atomic { THIEF_COUNTS && !copied -> taken = true }
+    :: atomic { THIEF_COUNTS && renews(0) && knows[1] + 1 == newest[0] -> copied = true }
+    /* He announces the owner's newest address, and side 1 writes there. */
+    :: atomic { (THIEF_COUNTS || taken) && knows[0] == newest[1] ->
+#ifdef BY_ADDRESS
+        complete(0, newest[0])
+#else
+        skip
+#endif
+    }
+    od
+}
+#endif
+
 init {
+#ifdef THIEF
+    atomic { run Side(0); run Side(1); run Thief() };
+#else
     atomic { run Side(0); run Side(1) };
+#endif
     works = true
 }
 
@@ -133,3 +184,11 @@ init {
 
 ltl understood { [] (understands(0, 1) && understands(1, 0)) }
 ltl agree { [] (works -> <> (settled(0, 1) && settled(1, 0))) }
+
+#ifdef THIEF
+#define is_late (stolen && knows[1] > stolen && !taken)
+ltl shut { [] (is_late -> [] !taken) }
+ltl told { [] ((stolen && confirmed[0] > stolen) -> (knows[1] > stolen && !taken)) }
+ltl shows { [] (works -> <> ((settled(0, 1) && settled(1, 0)) || taken || copied)) }
+ltl untaken { [] !taken }
+#endif

@@ -43,6 +43,15 @@ CLAIMS = (
     # Why the contact's key is no part of a proof (RENEW-4), and a renewal waits for RENEW-7.
     Claim("renewal", "agree", ("PROVES_FOR_CONTACT",), is_true=False),
     Claim("renewal", "understood", ("ANYWHERE",), is_true=False),
+    Claim("renewal", "shut", ("THIEF",), is_true=True),
+    Claim("renewal", "told", ("THIEF",), is_true=True),
+    Claim("renewal", "shows", ("THIEF",), is_true=True),
+    # What is not promised: the first one wins, and a thief can keep a renewal from counting.
+    Claim("renewal", "untaken", ("THIEF",), is_true=False),
+    Claim("renewal", "agree", ("THIEF",), is_true=False),
+    # Why the old key counts no more (RENEW-8), and an answer completes a renewal (RENEW-7).
+    Claim("renewal", "shut", ("THIEF", "OLD_KEY_COUNTS"), is_true=False),
+    Claim("renewal", "told", ("THIEF", "BY_ADDRESS"), is_true=False),
     Claim("thief", "heard", (), is_true=True),
     # Why former addresses stay for a month (ROTATE-3), and a rotation counts from use (ROTATE-6).
     Claim("thief", "heard", ("AT_ONCE",), is_true=False),
