@@ -20,8 +20,8 @@
  * With THIEF somebody copies the device of side 0 at any time. He signs with the keys that it has
  * then, and what he says reaches side 1 at once. He may renew with a key of his own, also in the
  * round of the owner's renewal (RENEW-11), and have side 1 write to the owner's newest address,
- * which a relay tells him. Side 1 is `taken` when it knows the thief's key, and `copied` when it has
- * heard of two.
+ * which a relay tells him. Side 1 is `taken` when it knows the thief's key, and `copied` when it
+ * has heard of two.
  *
  * `shut`: once side 1 knows a key that was made after the copy, it never knows the thief's.
  * `told`: a renewal of such a key that is complete has reached side 1.

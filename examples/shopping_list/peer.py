@@ -5,6 +5,7 @@
     python peer.py list
     python peer.py add "Olive oil" --quantity "1 l"
     python peer.py done "Olive oil"
+    python peer.py renew Alice                 # somebody has a copy of these files
 
 `list`, `add` and `done` work on the file alone: a running peer sees the change and sends it. The
 lists are in lists.db, the keys in shopping_list.db (--dir says where). It needs the
@@ -93,6 +94,8 @@ LOOK_EVERY_S = 0.5
 BUSY_S = 60.0
 # `open` waits so long for the other to be there.
 PAIR_FOR_S = 600.0
+# `renew` waits so long for the other's answer. `run` goes on to wait.
+RENEW_FOR_S = 60.0
 
 ID = re.compile(r"[A-Za-z0-9_-]{8,40}")
 # Control characters, lone surrogates, and what ends lines or changes the direction of text.
@@ -765,6 +768,21 @@ class Peer:
                 self._rest()
                 self._reach_again()
 
+    def renew(self, name: str, timeout_s: float = RENEW_FOR_S) -> None:
+        """Have a new key for a contact, so that copies of these files count no more.
+
+        Or go on with a renewal. Raise ValueError if there is no such contact or no answer in time,
+        ConnectoidError if it cannot be done.
+        """
+        with self.runner:
+            self.kept(name)
+            self._say(f"Telling {name}'s app about a new key.")
+            if not self.runner.renew_and_tell(name, timeout_s):
+                raise ValueError(
+                    f"{name}'s app has not answered yet; until then copies of these files still"
+                    " count. `run` goes on to tell it.")
+        self._say(f"{name}'s app takes nothing any more from copies of these files.")
+
     def kept(self, name: str) -> ContactRecord:
         """Return what Connectoid keeps of a contact; raise ValueError if there is none."""
         for kept in self.runner.contacts():
@@ -1013,6 +1031,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def renew(arguments: argparse.Namespace) -> int:
+    """Have a new key for a contact."""
+    peer_of(arguments).renew(arguments.name)
+    return 0
+
+
 def peer_of(arguments: argparse.Namespace) -> Peer:
     """Return the peer of a folder."""
     runner = Connectoid(
@@ -1120,6 +1144,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command = commands.add_parser("done", help="mark something as done")
     command.add_argument("text")
     command.set_defaults(work=done)
+    command = commands.add_parser(
+        "renew", help="have a new key for a person, if somebody has a copy of these files")
+    command.add_argument("name")
+    command.set_defaults(work=renew)
     return parser.parse_args(argv)
 
 

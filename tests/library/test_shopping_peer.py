@@ -81,6 +81,8 @@ class FakeRunner:
         self.channel = FakeChannel()
         self.reached = 0
         self.key_news = ""
+        self.answers = True
+        self.renewed: list[str] = []
 
     def __enter__(self) -> FakeRunner:
         return self
@@ -99,6 +101,11 @@ class FakeRunner:
             self.channel = FakeChannel()
             self.on_event(name, "connected")
         return self.channel
+
+    def renew_and_tell(self, name: str, timeout_s: float) -> bool:
+        """Note it; return whether Bob answers."""
+        self.renewed.append(name)
+        return self.answers
 
 
 class Home:
@@ -286,3 +293,60 @@ def test_contact_who_takes_nothing_holds_up_nobody(
     is_over.set()
     serving.join(SOON_S)
     assert not serving.is_alive()
+
+
+# -- A copy of the files -------------------------------------------------------------------
+
+
+def of_home(home: Home) -> peer.Peer:
+    """Return the peer of a home."""
+    return peer.Peer(home.keeper, cast(Connectoid, home.runner), home.said.append)
+
+
+def test_renewal_that_is_answered_is_told(home: Home) -> None:
+    of_home(home).renew("Bob")
+    assert home.runner.renewed == ["Bob"]
+    assert home.said[-1] == "Bob's app takes nothing any more from copies of these files."
+
+
+def test_renewal_without_an_answer_says_what_goes_on(home: Home) -> None:
+    home.runner.answers = False
+    with pytest.raises(ValueError, match="`run` goes on"):
+        of_home(home).renew("Bob")
+
+
+def test_renewal_for_nobody_is_told(home: Home) -> None:
+    with pytest.raises(ValueError, match='no contact "Eve"'):
+        of_home(home).renew("Eve")
+    assert home.runner.renewed == []
+
+
+def test_command_renews_for_the_contact_that_it_names() -> None:
+    arguments = peer.parse(["renew", "Alice"])
+    assert (arguments.work, arguments.name) == (peer.renew, "Alice")
+
+
+@pytest.mark.sockets
+def test_contact_knows_the_new_key_of_the_peer(
+    apps: Apps, relay_url: str, tmp_path: Path,
+) -> None:
+    bob = apps.begin("Bob", relay_url, app=peer.APP)
+    link = bob.share("Home", APP_URL)
+
+    def begin() -> Connectoid:
+        store = Store(tmp_path / "home.db")
+        runner = Connectoid(store, [], apps.wires.adapter(), app=peer.APP)
+        runner.allow_private_relays = True
+        return runner
+
+    with begin() as runner:
+        runner.open(link, "Bob")
+        runner.connect("Bob", SOON_S)
+        (before,) = runner.contacts()
+    said: list[str] = []
+    with contextlib.closing(peer.Keeper(tmp_path)) as keeper:
+        peer.Peer(keeper, begin(), said.append).renew("Bob", SOON_S)
+    (theirs,) = bob.contacts()
+    assert theirs.contact != before.signer
+    assert theirs.former_contact == before.signer
+    assert "takes nothing any more" in said[-1]
