@@ -34,6 +34,9 @@ MAX_CHECK_REPLY_BYTES = 4 * 1024
 # Of the reply to `receive`, beside the data of its messages: 100 messages take 5 KiB. Whatever else
 # a relay answers would cost time, and bring nothing.
 MAX_BESIDE_BYTES = 16 * 1024
+# Of commas and brackets in a reply. A batch of 256 checks has some 2,000. A MiB of empty lists, one
+# in the other, would take half a second to parse.
+MAX_REPLY_MARKS = 8_192
 OK = 200
 MAX_RETRY_S = 900.0
 # A shorter pause is over before anybody has read of it, and after a longer one nobody waits.
@@ -208,6 +211,8 @@ class RelayClient:
             raise UnreachableError(f"{self.url} cannot be reached: {said}.") from None
 
     def _read(self, octets: bytes) -> Any:
+        if sum(map(octets.count, b",[{")) > MAX_REPLY_MARKS:
+            raise RelayError(f"{self.url} is not a relay: it answered more than was asked.")
         try:
             reply = parse_json(octets)
         except Refused:

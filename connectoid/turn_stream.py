@@ -1,11 +1,14 @@
-"""TURN over TCP: how much of what a server sends is read at once.
+"""TURN: how much of what a server sends is read at once.
 
-aioice copies all that is left for each message that it takes. Of empty ones 65,536 fit in the
-256 KiB that a loop reads at once: they held it up for a quarter of a second, and the next ones for
-as long. So messages are taken a few at a time, with turns for everybody else between. One that
-aioice cannot read is passed over.
+A message of 64 KiB may hold thousands of fingerprints, each over all before it: aioice computed
+them for two seconds. So long messages are passed over.
 
-aioice makes such a connection on its own, and has no setting for it: its class gets another method,
+Over TCP, aioice copies all that is left for each message that it takes. Of empty ones 65,536 fit
+in the 256 KiB that a loop reads at once: they held it up for a quarter of a second, and the next
+ones for as long. So messages are taken a few at a time, with turns for everybody else between. One
+that aioice cannot read is passed over.
+
+aioice makes such a connection on its own, and has no setting for it: its classes get other methods,
 for all connections of this process. Another version may have other names: then nothing is bounded.
 """
 
@@ -21,6 +24,9 @@ from typing import Any
 # Messages of a server before others have their turn. One takes some 20 microseconds.
 MAX_MESSAGES_AT_ONCE = 64
 
+# Of one message: a datagram of the other end, and what a server puts around it.
+MAX_MESSAGE_BYTES = 2_048
+
 # Before a message: its kind and its length, without this header in ChannelData, and without the
 # further 16 bytes in a STUN message. RFC 8656, section 12.4; RFC 8489, section 5.
 LENGTH_BYTES = 4
@@ -29,6 +35,7 @@ STUN_HEADER_BYTES = 20
 CHANNEL_DATA = range(64, 80)
 
 STREAM = "_connectoid_stream"
+READ = "_connectoid_read"
 
 
 class TurnStream:
@@ -89,9 +96,18 @@ class TurnStream:
 def bound_turn_streams() -> None:
     """Have aioice read so from all servers. Idempotent."""
     turn = importlib.import_module("aioice.turn")
+    messages: Any = getattr(turn, "TurnClientMixin", None)
+    if hasattr(messages, "datagram_received") and not hasattr(messages, READ):
+        setattr(messages, READ, messages.datagram_received)
+        messages.datagram_received = _datagram_received
     protocol: Any = getattr(turn, "TurnClientTcpProtocol", None)
     if hasattr(protocol, "data_received") and hasattr(protocol, "datagram_received"):
         protocol.data_received = _data_received
+
+
+def _datagram_received(protocol: Any, octets: bytes, address: tuple[str, int]) -> None:
+    if len(octets) <= MAX_MESSAGE_BYTES:
+        getattr(protocol, READ)(octets, address)
 
 
 def _data_received(protocol: Any, octets: bytes) -> None:

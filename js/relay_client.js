@@ -33,6 +33,10 @@ export const MAX_CHECK_REPLY_BYTES = 4_096;
 // Of the reply to `receive`, beside the data of its messages: 100 messages take 5 KiB. Whatever
 // else a relay answers would cost time, and bring nothing.
 export const MAX_BESIDE_BYTES = 16_384;
+// Of commas and brackets in a reply. A batch of 256 checks has some 2,000. A MiB of empty lists, one
+// in the other, would take long to parse.
+export const MAX_REPLY_MARKS = 8_192;
+const MARKS = new Set([...",[{"].map((mark) => mark.charCodeAt(0)));
 const OK = 200;
 // Of the reply to a send: a word, or an error with a sentence. Contacts and strangers choose what
 // relays they are written to, and could have us download without end.
@@ -202,6 +206,8 @@ export class RelayClient {
       throw new RangeError(
         "it answered a web page, as networks do where users have to log in: open a web page there");
     }
+    const marks = octets.reduce((count, octet) => count + Number(MARKS.has(octet)), 0);
+    if (marks > MAX_REPLY_MARKS) throw new RangeError("it answered more than was asked");
     const reply = parseJson(octets);
     if (typeof reply !== "object" || reply === null) {
       throw new RangeError("neither an object nor a list");

@@ -6,8 +6,8 @@ import { test } from "node:test";
 import { CONTEXTS, RelayClient, RelayError, encodeBase64url } from "../connectoid.js";
 import {
   Budget, MAX_BESIDE_BYTES, MAX_CHECK_REPLY_BYTES, MAX_DATA_CHARS, MAX_MESSAGES,
-  MAX_QUESTION_CHARS, MAX_RECEIVE_CHARS, MAX_SEND_REPLY_BYTES, RECEIVE_LIMIT, checkMailboxes,
-  readMailbox,
+  MAX_QUESTION_CHARS, MAX_RECEIVE_CHARS, MAX_REPLY_MARKS, MAX_SEND_REPLY_BYTES, RECEIVE_LIMIT,
+  checkMailboxes, readMailbox,
 } from "../relay_client.js";
 import { SUITE, serve } from "./harness.mjs";
 
@@ -45,6 +45,17 @@ for (const [size, isTaken] of [
     const sending = new RelayClient(url).send({ pub: "A".repeat(66), url, ext: null }, "AAAA");
     if (isTaken) await sending;
     else await assert.rejects(sending, /a reply over 4 KiB/);
+  });
+}
+
+// Its own marks are two brackets and a comma.
+for (const more of [-1, 0, 1]) {
+  test(`a reply of ${more} values more than it may have`, async () => {
+    const reply = { ok: true, more: new Array(MAX_REPLY_MARKS - 2 + more).fill(0) };
+    const { url } = await serve((response) => response.end(JSON.stringify(reply)));
+    const asking = new RelayClient(url).ask({});
+    if (more <= 0) assert.deepEqual(await asking, reply);
+    else await assert.rejects(asking, /it answered more than was asked/);
   });
 }
 

@@ -43,6 +43,7 @@ from connectoid.relay_client import (
     MAX_QUESTION_CHARS,
     MAX_RECEIVE_CHARS,
     MAX_RECEIVES,
+    MAX_REPLY_MARKS,
     MAX_RETRY_S,
     MAX_TOLD_PAUSE_S,
     MIN_TOLD_PAUSE_S,
@@ -84,6 +85,20 @@ def test_client_takes_rubbish_for_a_dead_relay(reply: bytes, run: Run) -> None:
             assert 0 <= caught.value.retry_s <= MAX_RETRY_S
         run(client.close())
     assert len(fake.asked) == 2
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_reply_of_too_many_values_is_refused_before_it_is_parsed(more: int, run: Run) -> None:
+    """Its own marks: two brackets and a comma."""
+    reply = {"ok": True, "more": [0] * (MAX_REPLY_MARKS - 2 + more)}
+    with FakeRelay(lambda _: http_reply(reply)) as fake:
+        client = RelayClient(fake.url, timeout_s=SOON_S)
+        if more <= 0:
+            assert run(client.ask({})) == reply
+        else:
+            with pytest.raises(RelayError, match="answered more than was asked"):
+                run(client.ask({}))
+        run(client.close())
 
 
 def test_client_tells_the_words_of_a_relay_in_one_line(run: Run) -> None:

@@ -20,7 +20,7 @@ from test_http_transport import ANSWER, ask, make_certificate
 
 from connectoid.gathering import read_server, tls_of
 from connectoid.relay_client import RelayError
-from connectoid.thrifty_tls import MAX_BESIDE_CONTENT, RECORD_BYTES, Overhead
+from connectoid.thrifty_tls import MAX_BESIDE_CONTENT, RECORD_BYTES, Overhead, make_context
 
 # RFC 8446: the kinds of what is in a record, and the messages of a server (sections 5.2, 4.6).
 DATA = b"\x17"
@@ -198,3 +198,10 @@ def test_octets_without_content_are_bounded(octets: int, *, is_taken: bool) -> N
         return
     with pytest.raises(ssl.SSLError, match="records without content"):
         overhead.take(octets)
+
+
+def test_server_chooses_no_group_of_its_own_and_no_second_handshake() -> None:
+    """Its group may have 10,000 bits, and OpenSSL computes in it for a second each time."""
+    context = make_context()
+    assert {cipher["kea"] for cipher in context.get_ciphers()} == {"kx-any", "kx-ecdhe"}
+    assert context.options & ssl.OP_NO_RENEGOTIATION

@@ -9,7 +9,11 @@ from struct import pack
 import pytest
 from apps import SOON_S
 
-from connectoid.turn_stream import MAX_MESSAGES_AT_ONCE, bound_turn_streams
+from connectoid.turn_stream import (
+    MAX_MESSAGE_BYTES,
+    MAX_MESSAGES_AT_ONCE,
+    bound_turn_streams,
+)
 
 turn = pytest.importorskip("aioice.turn")
 
@@ -113,6 +117,42 @@ def test_quarter_of_a_megabyte_of_empty_messages_leaves_turns_for_others() -> No
 
     assert len(run(play).came) == 65_536
     assert turns >= 65_536 / MAX_MESSAGES_AT_ONCE
+
+
+def indication(octets: int) -> bytes:
+    """Return a STUN message of so many bytes: data of Bob's, and fingerprints after it."""
+    port, address = 9 ^ 0x2112, 0xC0000202 ^ 0x2112A442
+    attributes = pack("!HHBBHI", 0x0012, 8, 0, 1, port, address) + pack("!HH4s", 0x0013, 4, b"data")
+    padding = octets - 20 - len(attributes)
+    attributes += pack("!HH", 0x8022, padding - 4) + bytes(padding - 4)
+    return pack("!HHI12s", 0x0017, len(attributes), 0x2112A442, bytes(12)) + attributes
+
+
+@pytest.mark.parametrize("more", [-4, 0, 4])
+def test_long_messages_of_a_server_are_passed_over(more: int) -> None:
+    """A STUN message has multiples of four bytes."""
+    message = indication(MAX_MESSAGE_BYTES + more)
+
+    async def play(client: Client) -> None:
+        client.protocol.peer_to_channel[BOB] = CHANNEL
+        client.protocol.data_received(message + channel_data(b"the last"))
+        await client.read_all()
+
+    assert run(play).came == [b"data"] * (more <= 0) + [b"the last"]
+
+
+def test_fingerprints_of_a_long_message_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is over all before it, and aioice reads on after it."""
+    parsed: list[int] = []
+    monkeypatch.setattr(turn.stun, "parse_message", lambda octets: parsed.append(len(octets)))
+    long = pack("!HHI12s", 0x0017, 65_528, 0x2112A442, bytes(12)) + bytes(65_528)
+
+    async def play(client: Client) -> None:
+        client.protocol.data_received(long)
+        await client.read_all()
+
+    run(play)
+    assert parsed == []
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 1_000])
