@@ -33,8 +33,8 @@ export const MAX_CHECK_REPLY_BYTES = 4_096;
 // Of the reply to `receive`, beside the data of its messages: 100 messages take 5 KiB. Whatever
 // else a relay answers would cost time, and bring nothing.
 export const MAX_BESIDE_BYTES = 16_384;
-// Of commas and brackets in a reply. A batch of 256 checks has some 2,000. A MiB of empty lists, one
-// in the other, would take long to parse.
+// Of commas and brackets in a reply. A batch of 256 checks has some 2,000. A MiB of empty lists
+// would take long to parse.
 export const MAX_REPLY_MARKS = 8_192;
 const MARKS = new Set([...",[{"].map((mark) => mark.charCodeAt(0)));
 const OK = 200;

@@ -68,7 +68,9 @@ def open_link(arguments: argparse.Namespace, teller: Teller) -> int:
     # Before the question: nobody agrees to what cannot be.
     connectoid.app_of_contact(invitation, APP)
     mailboxes = connectoid.parse_address(invitation.address, allow_http=True)
-    relays = ", ".join(connectoid.shown(mailbox.url) for mailbox in mailboxes)
+    # Whole: the end of a long name says whose it is.
+    urls = [mailbox.url for mailbox in mailboxes]
+    relays = ", ".join(connectoid.shown(url, len(url)) for url in urls)
     if not arguments.yes and not is_wanted(arguments.name, relays):
         teller.remark("Not opened. The link is still good.")
         return 1

@@ -190,7 +190,7 @@ export class Sync {
   async checkLink(link) {
     const invitation = readLink(link);
     await appOfContact(invitation, APP);
-    return parseAddress(invitation.address).map(({ url }) => shown(url));
+    return parseAddress(invitation.address).map(({ url }) => shown(url, url.length));
   }
 
   /**

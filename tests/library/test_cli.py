@@ -415,6 +415,18 @@ def test_cli_says_that_nobody_was_told_of_an_end(
     assert "has ended" not in errors
 
 
+def test_cli_asks_about_the_whole_name_of_a_relay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a name says whose it is, and a long one may begin like another."""
+    url = f"https://relay.example.com.{'a.' * 100}mallory.example/{'relay.example.com/' * 8}"
+    link = connectoid.make_link(APP_URL, make_record("Bob", url).invitation)
+    monkeypatch.setattr("sys.stdin", TypedAnswer("n\n"))
+    argv = ["open", link, "--name", "Alice", "--store", str(tmp_path / "s.db")]
+    assert connectoid.cli.main(argv) == 1
+    assert f"Connect with Alice, through {url}? [y/N]" in capsys.readouterr().err
+
+
 def test_cli_opens_nothing_without_a_yes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

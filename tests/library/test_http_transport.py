@@ -277,6 +277,14 @@ def test_connections_to_relays_that_others_name_are_not_kept(*, public_only: boo
     asyncio.run(run())
 
 
+def test_cookies_of_a_relay_are_not_read(caplog: pytest.LogCaptureFixture) -> None:
+    """Older versions of aiohttp logged what they could not read, in the relay's own words."""
+    cookies = [f"Set-Cookie: Your store, is damaged{number};;=" for number in range(50)]
+    with FakeRelay(lambda _: http_reply({"ok": True}, *cookies)) as fake:
+        assert asyncio.run(ask(fake.url)) == {"ok": True}
+    assert caplog.records == []
+
+
 def test_relay_hears_nothing_of_what_a_client_is_made_of() -> None:
     """No versions of Python or of a library."""
     heads: list[bytes] = []
