@@ -8,6 +8,9 @@ import { openCheck } from "./check.js";
 import { Keeper } from "./db.js";
 import {
   FullError,
+  GoneError,
+  ITEM_GONE,
+  LIST_GONE,
   MAX_NAME_CHARS,
   MAX_QUANTITY_CHARS,
   MAX_TEXT_CHARS,
@@ -17,6 +20,7 @@ import {
 } from "./model.js";
 import { makeQr, pathOf } from "./qr.js";
 import {
+  attempt,
   codeImage,
   hush,
   icon,
@@ -62,7 +66,8 @@ const notices = new Map();
 const dismissed = new Set();
 // The id of the list that is shown.
 let current = "";
-// The id of the item or contact that a dialog is about.
+// The id of the list, item or contact that a dialog is about. Others may change what is shown while
+// it is open.
 let chosen = "";
 // Whatever arrives from now on is news.
 let isDrawn = false;
@@ -186,21 +191,29 @@ function addList(name) {
   part("add-text").focus();
 }
 
-function deleteList() {
-  const list = model.lists.get(current);
-  if (!list) return;
-  changed({ lists: [model.changeList(list.id, { deleted: true })] });
-  show("");
-  draw();
+/** @param {string} id */
+function deleteList(id) {
+  const list = openList(id);
+  changed({ lists: [model.changeList(id, { deleted: true })] });
   toast(
     `${list.name} is deleted${sharedWith(list.id).length ? ", for everybody" : ""}.`,
     "Undo",
     () => {
-      changed({ lists: [model.changeList(list.id, { deleted: false })] });
-      show(list.id);
-      draw();
+      const restored = model.changeList(id, { deleted: false });
+      show(id);
+      changed({ lists: [restored] });
     },
   );
+}
+
+/**
+ * Return a list that is not deleted; throw GoneError.
+ * @param {string} id
+ */
+function openList(id) {
+  const list = model.lists.get(id);
+  if (!list || list.deleted) throw new GoneError(LIST_GONE);
+  return list;
 }
 
 function addItem() {
@@ -215,23 +228,32 @@ function addItem() {
     say(`${item.text} is on the list.`);
     text.value = quantity.value = "";
   } catch (error) {
-    if (error instanceof FullError) toast(error.message);
+    if (error instanceof FullError || error instanceof GoneError) toast(error.message);
   }
   text.focus();
 }
 
 /** @param {any[]} items */
 function deleteItems(items) {
-  changed({ items: items.map(({ id }) => model.changeItem(id, { deleted: true })) });
+  changeItems(items, { deleted: true });
   toast(
     items.length === 1
       ? `${items[0].text} is deleted.`
       : `${items.length} items are deleted.`,
     "Undo",
-    () => {
-      changed({ items: items.map(({ id }) => model.changeItem(id, { deleted: false })) });
-    },
+    () => changeItems(items, { deleted: false }),
   );
+}
+
+/**
+ * Change all of these items that are still there; throw GoneError if none is.
+ * @param {any[]} items
+ * @param {{done?: boolean, deleted?: boolean}} changes
+ */
+function changeItems(items, changes) {
+  const there = items.filter(({ id }) => model.items.has(id));
+  if (!there.length) throw new GoneError(ITEM_GONE);
+  changed({ items: there.map(({ id }) => model.changeItem(id, changes)) });
 }
 
 /**
@@ -338,12 +360,14 @@ function makeItem(first) {
   const item = make("li", {}, make("label", {}, box, text, quantity), edit);
   if (isDrawn && first.by !== model.device) item.className = "fresh";
   box.onchange = () => {
-    changed({ items: [model.changeItem(first.id, { done: box.checked })] });
-    say(
-      box.checked
-        ? `${text.textContent} is in the basket.`
-        : `${text.textContent} is to buy again.`,
-    );
+    attempt(() => {
+      changeItems([first], { done: box.checked });
+      say(
+        box.checked
+          ? `${text.textContent} is in the basket.`
+          : `${text.textContent} is to buy again.`,
+      );
+    });
   };
   edit.onclick = () => editItem(first.id);
   return Object.assign(item, {
@@ -554,7 +578,7 @@ function askName(title, value, done, { label = "Name", remove } = {}) {
   part("name-delete").hidden = !remove;
   part("name-delete").onclick = () => {
     part("name-dialog").close();
-    remove?.();
+    attempt(() => remove?.());
   };
   part("name-form").done = done;
   part("name-dialog").showModal();
@@ -562,11 +586,12 @@ function askName(title, value, done, { label = "Name", remove } = {}) {
 }
 
 function editList() {
-  const list = model.lists.get(current);
-  if (!list) return;
-  const rename = (/** @type {string} */ name) =>
-    changed({ lists: [model.changeList(list.id, { name })] });
-  askName("This list", list.name, rename, { remove: deleteList });
+  const { id, name: former } = openList(current);
+  const rename = (/** @type {string} */ name) => {
+    openList(id);
+    changed({ lists: [model.changeList(id, { name })] });
+  };
+  askName("This list", former, rename, { remove: () => deleteList(id) });
 }
 
 /** @param {string} id */
@@ -576,21 +601,25 @@ function editItem(id) {
   chosen = id;
   part("item-text").value = item.text;
   part("item-quantity").value = item.quantity;
+  part("item-error").textContent = "";
   part("item-dialog").showModal();
 }
 
 function saveItem() {
   const text = required(part("item-text").value, MAX_TEXT_CHARS);
   const quantity = tidy(part("item-quantity").value, MAX_QUANTITY_CHARS);
+  if (model.items.get(chosen)?.deleted) throw new GoneError(ITEM_GONE);
   changed({ items: [model.changeItem(chosen, { text, quantity })] });
 }
 
 async function askShare() {
+  const list = openList(current);
+  chosen = list.id;
   const known =
-    sync?.people().filter(({ lists, ended }) => !ended && !lists.includes(current)) ?? [];
+    sync?.people().filter(({ lists, ended }) => !ended && !lists.includes(list.id)) ?? [];
   part("share-who").hidden = false;
   part("share-link").hidden = true;
-  part("share-title").textContent = `Share ${model.lists.get(current)?.name}`;
+  part("share-title").textContent = `Share ${list.name}`;
   part("share-name").value = part("share-error").textContent = "";
   part("share-others").hidden = !known.length;
   part("share-others-list").replaceChildren(
@@ -600,15 +629,15 @@ async function askShare() {
         { className: "avatar", "aria-hidden": "true" },
         [...nickname][0].toUpperCase(),
       );
-      const shareToo = async () => {
-        await sync?.shareToo(id, current);
-        part("share-dialog").close();
-        toast(`Shared with ${nickname}.`);
-      };
       return make(
         "li",
         {},
-        make("button", { type: "button", onclick: shareToo }, avatar, nickname),
+        make(
+          "button",
+          { type: "button", onclick: () => shareToo(id, nickname, list.id) },
+          avatar,
+          nickname,
+        ),
       );
     }),
   );
@@ -618,12 +647,30 @@ async function askShare() {
   part("share-relay").hidden = await hasRelay();
 }
 
+/**
+ * @param {string} id
+ * @param {string} nickname
+ * @param {string} list
+ */
+async function shareToo(id, nickname, list) {
+  try {
+    await sync?.shareToo(id, openList(list).id);
+  } catch (/** @type {any} */ error) {
+    showError("share-form", "share-error", error);
+    return;
+  }
+  part("share-dialog").close();
+  toast(`Shared with ${nickname}.`);
+}
+
 async function share() {
+  // Another dialog may be about another list before all is done.
+  const list = chosen;
   await begun;
   if (!sync) throw new Error("Sharing does not work here: see the notice at the top.");
   const name = required(part("share-name").value, MAX_NAME_CHARS);
   if (!(await hasRelay())) await setRelays(part("share-relay-url").value, "");
-  const link = await sync.share(name, [current]);
+  const link = await sync.share(name, [openList(list).id]);
   navigator.storage?.persist?.();
   showLink(name, link);
   return "stay";
@@ -998,10 +1045,12 @@ function connectParts() {
     "clear-done": () => deleteItems(model.itemsOf(current).filter(({ done }) => done)),
     "item-delete": () => {
       part("item-dialog").close();
-      deleteItems([/** @type {any} */ (model.items.get(chosen))]);
+      deleteItems([model.items.get(chosen) ?? { id: chosen }]);
     },
   };
-  for (const [id, act] of Object.entries(clicks)) part(id).addEventListener("click", act);
+  for (const [id, act] of Object.entries(clicks)) {
+    part(id).addEventListener("click", () => attempt(act));
+  }
   part("add").addEventListener("submit", (/** @type {Event} */ event) => {
     event.preventDefault();
     addItem();
@@ -1016,7 +1065,7 @@ function connectParts() {
   onSubmit("name-form", "name-error", () =>
     part("name-form").done(required(part("name-text").value, MAX_NAME_CHARS)),
   );
-  onSubmit("item-form", "", saveItem);
+  onSubmit("item-form", "item-error", saveItem);
   onSubmit("renew-form", "renew-error", renew);
   onSubmit("unshare-form", "", unshare);
   onSubmit("relay-form", "relay-error", () => setRelays(part("relay-offered").textContent, ""));

@@ -223,6 +223,11 @@ export function randomId(count = 11) {
 /** A list can hold no more; the message is a sentence for the user. */
 export class FullError extends Error {}
 
+/** What is to be changed is not there any more; the message is a sentence for the user. */
+export class GoneError extends Error {}
+export const LIST_GONE = "This list is no longer here: somebody has deleted it.";
+export const ITEM_GONE = "This is no longer on the list: somebody has deleted it.";
+
 export class Model {
   /** @param {{device: string, now?: () => number, makeId?: () => string}} options */
   constructor({ device, now = Date.now, makeId = randomId }) {
@@ -294,6 +299,7 @@ export class Model {
   }
 
   // -- Changes of the user: each returns the record, to be kept and sent ----------------
+  // What a contact had forgotten in the meantime is not there to be changed: GoneError.
 
   /**
    * @param {string} name
@@ -312,7 +318,9 @@ export class Model {
    * @returns {List}
    */
   changeList(id, changes) {
-    return this._setList({ .../** @type {List} */ (this.lists.get(id)), ...changes });
+    const list = this.lists.get(id);
+    if (!list) throw new GoneError(LIST_GONE);
+    return this._setList({ ...list, ...changes });
   }
 
   /**
@@ -322,6 +330,7 @@ export class Model {
    * @returns {Item}
    */
   addItem(list, text, quantity) {
+    if (!this.lists.has(list)) throw new GoneError(LIST_GONE);
     if (this._of(list).size >= MAX_ITEMS) {
       throw new FullError("This list is full: go on with a new one.");
     }
@@ -343,7 +352,9 @@ export class Model {
    * @returns {Item}
    */
   changeItem(id, changes) {
-    return this._setItem({ .../** @type {Item} */ (this.items.get(id)), ...changes });
+    const item = this.items.get(id);
+    if (!item) throw new GoneError(ITEM_GONE);
+    return this._setItem({ ...item, ...changes });
   }
 
   // -- Changes from elsewhere -----------------------------------------------------------

@@ -144,6 +144,18 @@ export function onSubmit(form, errorPart, work) {
   });
 }
 
+/**
+ * Do what a button is for, or say what is in the way.
+ * @param {() => unknown} work
+ */
+export async function attempt(work) {
+  try {
+    await work();
+  } catch (/** @type {any} */ error) {
+    toast(error.message);
+  }
+}
+
 let toastTimer = 0;
 const TOAST_MS = 7_000;
 
@@ -159,7 +171,7 @@ export function toast(words, label = "", act = () => {}) {
     textContent: label,
     onclick: () => {
       hush();
-      act();
+      attempt(act);
     },
   });
   part("toast").replaceChildren(make("p", {}, words), ...(label ? [button] : []));

@@ -5,6 +5,7 @@ import { test } from "node:test";
 
 import {
   FullError,
+  GoneError,
   MAX_AHEAD_MS,
   MAX_AT,
   MAX_BYTES_OF_CONTACT,
@@ -523,4 +524,15 @@ test("what finds no room is said to the sender, who does not call it synced", as
   };
   const [tone, text] = standingOf({ nickname: "Bob", pending, lacking }, moment);
   assert.deepEqual([tone, text], ["bad", "Bob's app has not taken 3 things of yours."]);
+});
+
+test("what was forgotten here meanwhile is not changed, and comes back by no change", () => {
+  const { model } = makeDevice("alice");
+  const list = model.addList("Groceries");
+  const item = model.addItem(list.id, "Milk", "");
+  model.forget([list.id]);
+  assert.throws(() => model.changeList(list.id, { name: "Market" }), GoneError);
+  assert.throws(() => model.changeItem(item.id, { text: "Bread" }), GoneError);
+  assert.throws(() => model.addItem(list.id, "Bread", ""), GoneError);
+  assert.deepEqual(sorted(model), []);
 });

@@ -1260,6 +1260,50 @@ def test_contact_gets_the_lists_that_are_shared_and_no_others(pair: tuple[User, 
 
 @browser_test
 @pytest.mark.slow
+def test_dialog_is_about_the_list_that_it_names_whatever_a_contact_does_meanwhile(
+    pair: tuple[User, User],
+) -> None:
+    alice, bob = pair
+    alice.page.click("#new-list")
+    alice.page.fill("#name-text", "Presents")
+    alice.page.click("#name-form [type=submit]")
+    alice.page.click("#lists button:has-text('Groceries')")
+    alice.page.click("#share")
+    bob.page.click("#edit-list")
+    bob.page.click("#name-delete")
+    alice.sees_no("Groceries", "#lists")
+    bob.page.click("#toast button")
+    alice.sees("Groceries", "#lists")
+    alice.page.fill("#share-name", "Carol")
+    alice.page.click("#share-form [type=submit]")
+    alice.page.wait_for_selector("#share-url", state="visible")
+    alice.page.click("#share-dialog .corner button")
+    alice.sees("Groceries", "#people li:has-text('Carol')")
+    # The same with a list that stays deleted: nothing else is shared, renamed or deleted.
+    alice.page.click("#lists button:has-text('Groceries')")
+    alice.page.click("#share")
+    bob.page.click("#edit-list")
+    bob.page.click("#name-delete")
+    alice.sees_no("Groceries", "#lists")
+    alice.page.fill("#share-name", "Dave")
+    alice.page.click("#share-form [type=submit]")
+    alice.sees("This list is no longer here", "#share-error")
+    alice.page.keyboard.press("Escape")
+    bob.page.click("#toast button")
+    alice.page.click("#lists button:has-text('Groceries')")
+    alice.page.click("#edit-list")
+    bob.page.click("#edit-list")
+    bob.page.click("#name-delete")
+    alice.sees_no("Groceries", "#lists")
+    alice.page.click("#name-form [type=submit]")
+    alice.sees("This list is no longer here", "#name-error")
+    alice.page.click("#name-delete")
+    alice.sees("This list is no longer here", "#toast")
+    alice.sees("Presents", "#lists")
+
+
+@browser_test
+@pytest.mark.slow
 def test_second_tab_says_where_the_contacts_are_and_its_changes_are_sent(
     pair: tuple[User, User],
 ) -> None:
