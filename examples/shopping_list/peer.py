@@ -871,8 +871,8 @@ class Peer:
         refused = 0
         match message["type"]:
             case "ack":
-                self._acknowledge(kept, name, session, number)
-                batch.lacking += message["refused"]
+                if self._acknowledge(kept, name, session, number):
+                    batch.lacking += message["refused"]
                 return
             case "changes":
                 refused = merge_from(name, kept, message, batch)
@@ -882,12 +882,17 @@ class Peer:
         batch.refused += refused
         batch.acks.append({"type": "ack", "number": number, "refused": refused})
 
-    def _acknowledge(self, kept: Lists, name: str, session: Session, number: int) -> None:
+    def _acknowledge(self, kept: Lists, name: str, session: Session, number: int) -> bool:
+        """Return whether it says anything: a second one does not."""
         # Nobody has got what was not sent.
-        session.acknowledged = max(session.acknowledged, min(number, session.number))
+        last = min(number, session.number)
+        if last <= session.acknowledged:
+            return False
+        session.acknowledged = last
         if session.is_synced:
             kept.contact(name)["pending"] = False
             self._failures.pop(name, None)
+        return True
 
     # -- What goes out -----------------------------------------------------------------
 
@@ -976,6 +981,10 @@ def merge_from(name: str, kept: Lists, changes: Record, batch: Batch) -> int:
 
     room = kept.room_in(contact["lists"])
     lists, items = kept.merge(changes, may_write, room)
+    # What found no room is not shared: somebody else may bring a list of that id later.
+    lost = {one["id"] for one in changes["lists"]} - kept.lists.keys()
+    for member in ("lists", "theirs"):
+        contact[member] = [one for one in contact[member] if one not in lost]
     kept.note_pending({list_of(one) for one in [*lists, *items]}, but=name)
     batch.lists += lists
     batch.items += items

@@ -277,7 +277,7 @@ export class Sync {
    * @param {{deleteHere: boolean}} choice
    */
   async dismiss(id, { deleteHere }) {
-    if (deleteHere) await this._forgetListsOf(id);
+    if (deleteHere) await this._write({}, this._forgetListsOf(id));
     if (this._record(id)?.state === "ended") await this._lib.forget(id);
     await this._removePerson(id);
   }
@@ -466,7 +466,7 @@ export class Sync {
     }
     let refused = 0;
     if (message.type === "changes") refused = await this._take(id, message);
-    if (message.type === "bye" && message.delete) await this._obey(id);
+    if (message.type === "bye" && message.delete && this._people.has(id)) await this._obey(id);
     this._send(id, session, { type: "ack", number: message.number, refused });
   }
 
@@ -486,6 +486,10 @@ export class Sync {
       }
       return lists.has(list);
     }, room);
+    // What found no room is not shared: somebody else may bring a list of that id later.
+    for (const { id: list } of changes.lists) {
+      if (!this._model.lists.has(list)) [lists, theirs].forEach((set) => set.delete(list));
+    }
     if (room.refused) {
       this._onNews(`${person.nickname} shares what is not taken here: some items are missing.`);
     }
@@ -502,13 +506,15 @@ export class Sync {
 
   /**
    * What the other has not taken is not sent again before the next connection: it would not take
-   * it then.
+   * it then. Nobody has got what was not sent, and a second acknowledgement says nothing.
    * @param {string} id
    * @param {Session} session
    * @param {{number: number, refused: number}} message
    */
   async _acknowledged(id, session, { number, refused }) {
-    session.acknowledged = Math.max(session.acknowledged, number);
+    const last = Math.min(number, session.number);
+    if (last <= session.acknowledged) return;
+    session.acknowledged = last;
     session.lacking += refused;
     if (session.acknowledged < session.number) return;
     this._failures.delete(id);
@@ -577,8 +583,10 @@ export class Sync {
    * @param {string} id
    */
   async _obey(id) {
-    await this._forgetListsOf(id);
-    await this._update(id, { deleted: true, theirs: [] });
+    const removed = this._forgetListsOf(id);
+    // Somebody else may bring a list of that id later: it is not this contact's to see.
+    const lists = this._person(id).lists.filter((list) => !removed.lists.includes(list));
+    await this._update(id, { deleted: true, lists, theirs: [] }, removed);
   }
 
   /** A page that slept for long may have missed what relays keep for an hour. */
@@ -639,19 +647,29 @@ export class Sync {
       throw new Error(`You have somebody called ${nickname} already: choose another name.`);
     }
     const id = randomId(16);
-    await this._update(id, { nickname, lists, pending: lists.length > 0 });
+    await this._keep({ ...this._person(id), nickname, lists, pending: lists.length > 0 });
     return this._person(id);
   }
 
   /**
+   * Change what is kept of a contact, unless it has gone meanwhile.
    * @param {string} id
    * @param {Partial<Person>} changes
+   * @param {Remove} [remove] what goes from the database with it
    */
-  async _update(id, changes) {
-    const person = { ...this._person(id), ...changes };
-    this._people.set(id, person);
+  async _update(id, changes, remove) {
+    const known = this._people.get(id);
+    if (known) await this._keep({ ...known, ...changes }, remove);
+  }
+
+  /**
+   * @param {Person} person
+   * @param {Remove} [remove]
+   */
+  async _keep(person, remove) {
+    this._people.set(person.id, person);
     this._onChange();
-    await this._write({ contacts: [person] });
+    await this._write({ contacts: [person] }, remove);
   }
 
   /** @param {string} id */
@@ -664,20 +682,17 @@ export class Sync {
 
   /**
    * Forget the lists that came from a contact, but for those that are shared with others too.
+   * Return what is no longer to be kept.
    * @param {string} id
    */
-  async _forgetListsOf(id) {
+  _forgetListsOf(id) {
     const others = [...this._people.values()]
       .filter((person) => person.id !== id)
       .flatMap(({ lists }) => lists);
-    const gone = this._model.forget(
-      this._person(id).theirs.filter((list) => !others.includes(list)),
-    );
-    await this._write(
-      {},
-      { lists: gone.lists.map((list) => list.id), items: gone.items.map((item) => item.id) },
-    );
+    const lists = this._person(id).theirs.filter((list) => !others.includes(list));
+    const { items } = this._model.forget(lists);
     this._onChange();
+    return { lists, items: items.map((item) => item.id) };
   }
 
   // -- What there is to show ----------------------------------------------------------------

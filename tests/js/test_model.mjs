@@ -12,6 +12,7 @@ import {
   MAX_ITEMS,
   MAX_ITEMS_OF_CONTACT,
   MAX_LISTS,
+  MAX_LISTS_OF_CONTACT,
   Model,
   isNewer,
   readMessage,
@@ -501,7 +502,7 @@ function makePage() {
     clearTimeout(session.timer);
     return sync._people.get("bob");
   };
-  return { model, sent, hear };
+  return { model, sync, session, sent, hear };
 }
 
 test("what finds no room is said to the sender, who does not call it synced", async () => {
@@ -535,4 +536,68 @@ test("what was forgotten here meanwhile is not changed, and comes back by no cha
   assert.throws(() => model.changeItem(item.id, { text: "Bread" }), GoneError);
   assert.throws(() => model.addItem(list.id, "Bread", ""), GoneError);
   assert.deepEqual(sorted(model), []);
+});
+
+/** What Bob may say of a list of his. */
+const listOfBob = (id) => ({
+  id, name: "Bob's", updatedAt: START, by: "device-bob", deleted: false,
+});
+
+test("a list that a contact has deleted is not theirs when somebody else brings it", async () => {
+  const { hear } = makePage();
+  const shared = await hear({
+    type: "changes", number: 1, lists: [listOfBob("list-carol-1")], items: [],
+  });
+  assert.deepEqual([shared.lists, shared.theirs], [["list-carol-1"], ["list-carol-1"]]);
+  const { lists, theirs } = await hear({ type: "bye", number: 2, delete: true });
+  assert.deepEqual([lists, theirs], [[], []]);
+});
+
+test("a list that finds no room is not shared with who brought it", async () => {
+  for (const [missing, isTaken] of [[2, true], [1, true], [0, false]]) {
+    const { model, hear } = makePage();
+    for (let count = MAX_LISTS - missing; count > 0; count -= 1) model.addList("Groceries");
+    const brought = { type: "changes", number: 1, lists: [listOfBob("list-carol-1")], items: [] };
+    const { lists, theirs } = await hear(brought);
+    const taken = isTaken ? ["list-carol-1"] : [];
+    assert.deepEqual([lists, theirs], [taken, taken]);
+  }
+});
+
+test("what is kept of a contact does not grow by lists that come and go", async () => {
+  const { model, hear } = makePage();
+  for (let round = 1; round <= 5; round += 1) {
+    const lists = Array.from({ length: MAX_LISTS_OF_CONTACT + 1 }, (_, place) =>
+      listOfBob(`list-bob-${round}-${place}`));
+    const person = await hear({ type: "changes", number: 2 * round, lists, items: [] });
+    assert.equal(person.lists.length, MAX_LISTS_OF_CONTACT);
+    assert.deepEqual(person.lists, [...model.lists.keys()]);
+    const after = await hear({ type: "bye", number: 2 * round + 1, delete: true });
+    assert.deepEqual([after.lists, after.theirs], [[], []]);
+  }
+});
+
+test("an acknowledgement counts once, and for what was sent", async () => {
+  const { hear, session } = makePage();
+  session.number = 3;
+  for (const [number, acknowledged, lacking] of [
+    [2, 2, 500], [2, 2, 500], [1, 2, 500], [4, 3, 1_000], [3, 3, 1_000], [9, 3, 1_000],
+  ]) {
+    await hear({ type: "ack", number, refused: 500 });
+    assert.deepEqual([session.acknowledged, session.lacking], [acknowledged, lacking]);
+  }
+});
+
+test("what still comes from somebody who is gone makes nobody", async () => {
+  const { hear, sync, sent } = makePage();
+  await sync._removePerson("bob");
+  for (const message of [
+    { type: "ack", number: 1, refused: 0 },
+    { type: "bye", number: 2, delete: true },
+    { type: "changes", number: 3, lists: [listOfBob("list-bob-0001")], items: [] },
+  ]) {
+    assert.equal(await hear(message), undefined);
+  }
+  assert.equal(sync._people.size, 0);
+  assert.equal(sent.length, 2);
 });

@@ -205,6 +205,36 @@ def test_messages_that_wait_are_taken_together_and_told_in_one_line(home: Home) 
     ]
 
 
+@pytest.mark.parametrize(("missing", "is_taken"), [(2, True), (1, True), (0, False)])
+def test_list_that_finds_no_room_is_not_shared_with_who_brought_it(
+    home: Home, missing: int, is_taken: bool,
+) -> None:
+    full = [make_list(f"list-{number:04}") for number in range(1, peer.MAX_LISTS + 1 - missing)]
+    with home.keeper.changing() as lists:
+        lists.merge({"lists": full, "items": []})
+
+    def steps() -> Iterator[None]:
+        yield
+        home.runner.channel.bring(changes(1, lists=[make_list("list-carol-1")]))
+        yield
+
+    home.run(steps())
+    bob = home.keeper.load().contact("Bob")
+    assert ("list-carol-1" in bob["lists"]) == is_taken
+    assert ("list-carol-1" in bob["theirs"]) == is_taken
+
+
+def test_acknowledgement_counts_once(home: Home) -> None:
+    def steps() -> Iterator[None]:
+        yield
+        message = json.dumps({"type": "ack", "number": 1, "refused": 500})
+        home.runner.channel.bring(message, message, message)
+        yield
+
+    home.run(steps())
+    assert home.said == ["Bob: connected.", "Bob's app has not taken 500 lists and items."]
+
+
 @pytest.mark.slow
 def test_contact_who_never_confirms_is_reached_ever_more_seldom(home: Home) -> None:
     reached = []
