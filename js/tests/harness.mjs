@@ -14,7 +14,7 @@ export const SUITE = new SystemSuite();
 
 /** Return a path from the top of the checkout. */
 export const here = (name) => new URL(`../../${name}`, import.meta.url).pathname;
-export const PYTHON = process.env.PYTHON ?? here(".venv/bin/python");
+const PYTHON = process.env.PYTHON ?? here(".venv/bin/python");
 
 /** Return a file of vectors. */
 export async function load(name) {
@@ -25,10 +25,18 @@ export async function load(name) {
 export const closing = [];
 after(() => Promise.all(closing.map((close) => close())));
 
-/** Start a program that ends with the tests. */
-export function start(command, args, options) {
-  const child = spawn(command, args, options);
-  const ended = once(child, "exit");
+/** Start Python; it ends with the tests. Throw an Error that says what to do if there is none. */
+export async function startPython(args, options) {
+  const child = spawn(PYTHON, args, options);
+  const ended = new Promise((resolve) => {
+    child.once("exit", resolve);
+  });
+  try {
+    await once(child, "spawn");
+  } catch (error) {
+    const advice = "`make .venv/ready` makes it, and the variable PYTHON names another one";
+    throw new Error(`${PYTHON} cannot be started (${error.code}): ${advice}`);
+  }
   closing.push(() => {
     child.kill();
     return ended;
@@ -61,10 +69,13 @@ export async function serve(answer) {
 /** Start a relay, perhaps with more flags, and return its URL. */
 export async function startRelay(...more) {
   const flags = ["--host", "127.0.0.1", "--port", "0", "--db", ":memory:", ...more];
-  const relay = start(PYTHON, ["connectoid_relay.py", ...flags], { cwd: here(".") });
-  const [line] = await once(createInterface({ input: relay.stderr }), "line");
-  const [url] = /http:\S+/.exec(line);
-  return `${url}/`;
+  const relay = await startPython(["connectoid_relay.py", ...flags], { cwd: here(".") });
+  const lines = createInterface({ input: relay.stderr });
+  const ended = once(lines, "close").then(() => ["it ended"]);
+  const [line] = await Promise.race([once(lines, "line"), ended]);
+  const ready = /http:\S+/.exec(line);
+  if (!ready) throw new Error(`no relay with ${PYTHON}: ${line}`);
+  return `${ready[0]}/`;
 }
 
 // ---------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import {
   AGAIN_AFTER_ANSWER_S, AGAIN_IDLE_S, MAX_ADDRESS_CHARS, MAX_APP_CHARS, MAX_CANDIDATES,
   MAX_REPLACED, MAX_URL_CHARS, POLL_FAST_S, POLL_SLOW_S, ROTATION_US, TELL_EVERY_S,
 } from "../limits.js";
-import { PYTHON, RELAYS, SUITE, Wire, here, makeSdp, pair, start } from "./harness.mjs";
+import { RELAYS, SUITE, Wire, here, makeSdp, pair, startPython } from "./harness.mjs";
 
 function states({ alice, bob }) {
   return [alice.attempt.state, bob.attempt.state];
@@ -548,7 +548,7 @@ print(json.dumps([[[r.state, r.event, list(r.then)] for r in t.values()] for t i
 `;
 
 test("the tables are those of Python", async () => {
-  const python = start(PYTHON, ["-c", PRINT_TABLES], { cwd: here(".") });
+  const python = await startPython(["-c", PRINT_TABLES], { cwd: here(".") });
   let text = "";
   for await (const part of python.stdout) text += part;
   const rows = (table) => [...table.values()].map(({ state, event, then }) => (

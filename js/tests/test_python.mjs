@@ -6,7 +6,7 @@ import { createInterface } from "node:readline";
 import { before, test } from "node:test";
 
 import { EMOJI } from "../connectoid.js";
-import { PYTHON, here, start, startApp, startRelay, until } from "./harness.mjs";
+import { here, startApp, startPython, startRelay, until } from "./harness.mjs";
 
 let relay = "";
 before(async () => {
@@ -14,9 +14,9 @@ before(async () => {
 });
 
 /** Start cross_peer.py; `next(word)` returns the rest of the next line that begins so. */
-function startPeer(...args) {
+async function startPeer(...args) {
   const script = here("tests/js/cross_peer.py");
-  const peer = start(PYTHON, [script, ...args], { stdio: ["pipe", "pipe", "inherit"] });
+  const peer = await startPython([script, ...args], { stdio: ["pipe", "pipe", "inherit"] });
   const lines = createInterface({ input: peer.stdout })[Symbol.asyncIterator]();
   const next = async (word) => {
     for (;;) {
@@ -31,12 +31,12 @@ function startPeer(...args) {
 /** Pair with a peer that does `share` or `open`; return it, and its name here. */
 async function pairWithPeer(app, role) {
   if (role === "share") {
-    const { peer, next } = startPeer("share", relay);
+    const { peer, next } = await startPeer("share", relay);
     await app.open(await next("link"), "Alice");
     return { peer, next, name: "Alice" };
   }
   const link = await app.share("Bob", "https://app.example.com/");
-  return { ...startPeer("open", relay, link), name: "Bob" };
+  return { ...await startPeer("open", relay, link), name: "Bob" };
 }
 
 for (const role of ["share", "open"]) {
