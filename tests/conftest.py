@@ -6,7 +6,19 @@ import watch
 from admin_harness import beside, path
 from apps import apps, relay_url
 from fake_wire import toy, world
-from harness import alice, bob, clock, dynalite_url, engine, folder, make, port, relay, start
+from harness import (
+    alice,
+    bob,
+    clock,
+    dynalite_url,
+    engine,
+    folder,
+    make,
+    port,
+    relay,
+    start,
+    unmute_children,
+)
 
 __all__ = [
     "alice", "apps", "beside", "bob", "clock", "dynalite_url", "engine", "folder", "make",
@@ -23,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     It chooses how many inputs the tests make up that do not say it themselves.
     """
+    unmute_children()
     config.pluginmanager.register(watch)
     examples = MANY_EXAMPLES
     if "not slow" in config.option.markexpr:

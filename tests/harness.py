@@ -420,6 +420,21 @@ class StuckStore(SqliteStore):
 # ---------------------------------------------------------------------------------------
 
 
+# What nohup, or a shell that starts a program behind `&`, has it ignore.
+MUTED = ("SIGHUP", "SIGINT", "SIGQUIT")
+
+
+def unmute_children() -> None:
+    """Let programs that tests start take signals as usual, also where this process ignores them.
+
+    What is ignored, they inherit. What has a handler, they do not (execve(2)).
+    """
+    # Windows has not all of them.
+    for number in (getattr(signal, name) for name in MUTED if hasattr(signal, name)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 def put_down(popen: subprocess.Popen[Any]) -> None:
     """Kill a process if it still runs, and close its pipes."""
     popen.kill()

@@ -30,7 +30,19 @@ from admin_harness import (
     restored_messages,
     texts,
 )
-from harness import OK, ROOT, SOURCE, FakeClock, Owner, Process, needs, post, send
+from harness import (
+    DEADLINE_S,
+    OK,
+    ROOT,
+    SOURCE,
+    FakeClock,
+    Owner,
+    Process,
+    needs,
+    post,
+    put_down_after,
+    send,
+)
 
 from connectoid_admin import AdminError, back_up, restore, stored_in
 from connectoid_relay import (
@@ -195,15 +207,16 @@ def test_backup_that_is_told_to_stop_leaves_nothing(
     with open(path + "-lock", "w") as lock_file:
         # The command waits for the lock, with the new file made.
         fcntl.flock(lock_file, fcntl.LOCK_EX)
-        process = subprocess.Popen(
+        with put_down_after(subprocess.Popen(
             [*ADMIN, "backup", "--db", path, str(tmp_path / "kept")],
             stderr=subprocess.PIPE,
             text=True,
-        )
-        while not os.listdir(tmp_path / "kept"):
-            assert process.poll() is None
-        process.send_signal(number)
-        assert process.communicate(timeout=20)[1] == "connectoid-admin: stopped\n"
+        )) as process:
+            while not os.listdir(tmp_path / "kept"):
+                assert process.poll() is None
+            process.send_signal(number)
+            errors = process.communicate(timeout=DEADLINE_S)[1]
+    assert errors == "connectoid-admin: stopped\n"
     assert process.returncode == 130
     assert os.listdir(tmp_path / "kept") == []
 
@@ -222,17 +235,17 @@ except sqlite3.Error as error:
     except KeyboardInterrupt:
         print("stopped")
 """
-    process = subprocess.Popen(
+    with put_down_after(subprocess.Popen(
         [sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    before = cpu_ticks(process.pid)
-    # After that much CPU it is well within the statement.
-    while cpu_ticks(process.pid) < before + 10:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[0] == "stopped\n"
+    )) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        before = cpu_ticks(process.pid)
+        # After that much CPU it is well within the statement.
+        while cpu_ticks(process.pid) < before + 10:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=DEADLINE_S)[0] == "stopped\n"
 
 
 def cpu_ticks(pid: int) -> int:
