@@ -40,6 +40,13 @@ bench-quick: .venv/ready
 install-test:
 	sh deploy/install_test.sh
 
+# The quick tests, and two people who pair, on the Pythons of other Debians, as root.
+# The newest are previews: they are told, and fail nothing.
+other-pythons:
+	sh tests/system/other_pythons.sh trixie
+	-sh tests/system/other_pythons.sh sid
+	-sh tests/system/other_pythons.sh sid python3.15
+
 # What a release has, built into dist/ and checked. A minute.
 packages: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[package]'
@@ -53,4 +60,5 @@ clean:
 	rm -rf .venv bench/node_modules build dist *.egg-info .hypothesis .mypy_cache .pytest_cache \
 		.ruff_cache
 
-.PHONY: bench bench-quick check check-style clean container-test install-test packages quick
+.PHONY: bench bench-quick check check-style clean container-test install-test \
+	other-pythons packages quick
