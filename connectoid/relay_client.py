@@ -34,8 +34,8 @@ MAX_CHECK_REPLY_BYTES = 4 * 1024
 # Of the reply to `receive`, beside the data of its messages: 100 messages take 5 KiB. Whatever else
 # a relay answers would cost time, and bring nothing.
 MAX_BESIDE_BYTES = 16 * 1024
-# Of commas and brackets in a reply. A batch of 256 checks has some 2,000. A MiB of empty lists would
-# take half a second to parse.
+# Of commas and brackets in a reply. A batch of 256 checks has some 2,000. A MiB of empty lists
+# would take half a second to parse.
 MAX_REPLY_MARKS = 8_192
 OK = 200
 MAX_RETRY_S = 900.0
