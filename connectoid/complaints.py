@@ -10,6 +10,9 @@ from connectoid.clock import boot_time_s
 
 # Remembered, so that each is logged once; and of how many contacts and relays the latest.
 MAX_COMPLAINTS = 100
+# Of different words about one contact or relay, in an hour. A relay may have ever new ones.
+MAX_TOLD = 10
+TOLD_S = 3_600.0
 # Before a wait began, a relay's trouble is that of the wait: it is asked again only after a pause.
 TROUBLE_S = 10.0
 
@@ -33,6 +36,8 @@ class Complaints:
         self.are_over = False
         self._logged: dict[str, None] = {}
         self._latest: dict[About, Complaint] = {}
+        # When something was logged lately, by what it is about.
+        self._told: dict[About | None, list[float]] = {}
 
     def make(
         self, text: str, about: About | None = None, *, error: Exception | None = None,
@@ -40,11 +45,21 @@ class Complaints:
         """Log a complaint, with the traceback of an error that is our own fault."""
         if self.are_over:
             return
-        if text not in self._logged:
+        if text in self._logged:
+            _put_last(self._logged, text, None)
+        elif self._may_tell(about):
+            _put_last(self._logged, text, None)
             log.warning("%s", text, exc_info=error)
-        _put_last(self._logged, text, None)
         if about is not None:
             _put_last(self._latest, about, Complaint(text, boot_time_s()))
+
+    def _may_tell(self, about: About | None) -> bool:
+        """Return whether new words may be logged about something, and count them."""
+        now_s = boot_time_s()
+        told = [told_s for told_s in self._told.get(about, ()) if told_s > now_s - TOLD_S]
+        if len(told) < MAX_TOLD:
+            _put_last(self._told, about, [*told, now_s])
+        return len(told) < MAX_TOLD
 
     def latest_since(self, began_s: float, abouts: Iterable[About]) -> str:
         """Return the latest complaint about some that a wait from then on has felt, or nothing.

@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { before, test } from "node:test";
 
-import { Complaints, MAX_COMPLAINTS } from "../complaints.js";
+import { Complaints, MAX_COMPLAINTS, MAX_TOLD, TOLD_MS } from "../complaints.js";
 import { serve, startApp, startRelay, until } from "./harness.mjs";
 
 const APP = "https://app.example.com/";
@@ -15,9 +15,9 @@ before(async () => {
 });
 
 /** Return complaints, and what was told. */
-function start() {
+function start(nowMs) {
   const told = [];
-  return [new Complaints(({ message }) => told.push(message)), told];
+  return [new Complaints(({ message }) => told.push(message), nowMs), told];
 }
 
 test("a complaint is told once, until what it is about has gone well", async () => {
@@ -40,15 +40,31 @@ test("a complaint is told once, until what it is about has gone well", async () 
 
 test("a hundred complaints about one relay are remembered", async () => {
   for (const [others, times] of [[-2, 1], [-1, 1], [0, 2]]) {
-    const [complaints, told] = start();
+    let nowMs = 0;
+    const [complaints, told] = start(() => nowMs);
     complaints.make(new Error("dead"), 1);
     for (let number = 0; number < MAX_COMPLAINTS + others; number += 1) {
+      nowMs += TOLD_MS;
       complaints.make(new Error(`${number}`), 1);
     }
+    nowMs += TOLD_MS;
     complaints.make(new Error("dead"), 1);
     await until(() => told.length >= MAX_COMPLAINTS + others + times);
     assert.equal(told.filter((text) => text === "dead").length, times);
   }
+});
+
+test("of ever new words about one relay ten are told in an hour", async () => {
+  let nowMs = 0;
+  const [complaints, told] = start(() => nowMs);
+  for (let number = 0; number <= MAX_TOLD; number += 1) complaints.make(new Error(`${number}`), 1);
+  complaints.make(new Error("another relay"), 2);
+  nowMs = TOLD_MS;
+  complaints.make(new Error("an hour later"), 1);
+  await until(() => told.includes("an hour later"));
+  const first = Array.from({ length: MAX_TOLD }, (_, number) => `${number}`);
+  assert.deepEqual(told, [...first, "another relay", "an hour later"]);
+  assert.equal(complaints.latest((about) => about === 1), "an hour later");
 });
 
 test("complaints about the latest hundred are remembered", async () => {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from connectoid.clock import boot_time_s
-from connectoid.complaints import MAX_COMPLAINTS, Complaints
+from connectoid.complaints import MAX_COMPLAINTS, MAX_TOLD, TOLD_S, Complaints
 
 ALICE_S_RELAY = "https://alice.example/"
 BOB_S_RELAY = "https://bob.example/"
@@ -51,3 +51,20 @@ def test_hundred_complaints_are_remembered(
     assert complaints.latest_since(0.0, [-1]) == found
     complaints.make("It is dead.", -1)
     assert caplog.messages.count("It is dead.") == logged
+
+
+def test_of_ever_new_words_about_one_relay_ten_are_logged_in_an_hour(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The latest is known nevertheless."""
+    now_s = 0.0
+    monkeypatch.setattr("connectoid.complaints.boot_time_s", lambda: now_s)
+    complaints = Complaints()
+    for number in range(MAX_TOLD + 1):
+        complaints.make(f"{number}", ALICE_S_RELAY)
+    complaints.make("another relay", BOB_S_RELAY)
+    assert complaints.latest_since(0.0, [ALICE_S_RELAY]) == f"{MAX_TOLD}"
+    now_s = TOLD_S
+    complaints.make("an hour later", ALICE_S_RELAY)
+    first = [f"{number}" for number in range(MAX_TOLD)]
+    assert caplog.messages == [*first, "another relay", "an hour later"]
