@@ -26,9 +26,11 @@ import {
   icon,
   make,
   onSubmit,
+  paced,
   part,
   prepareDialogs,
   reconcile,
+  setText,
   showError,
   toast,
   wrong,
@@ -39,6 +41,11 @@ import { refusalsIn, renewalOf, warningOf } from "./words.js";
 const QUIET_ZONE = 2;
 // So that "5 minutes ago" stays true.
 const DRAW_AGAIN_MS = 30_000;
+// From one drawing of what comes from others to the next: with a full list it takes a phone longer
+// than they need to say something. What the user does is drawn at once.
+const DRAW_PAUSE_MS = 200;
+// No id in index.html has a colon, so no contact can give an item the id of another part.
+const BOX_PREFIX = "box:";
 const RELAY_TIMEOUT_MS = 6_000;
 // PROTOCOL.md, "Limits".
 const MAX_RELAYS = 3;
@@ -152,7 +159,7 @@ async function beginOffline() {
 function takeFromTab(changes) {
   if (!model) return;
   sync?.changed(model.merge(changes));
-  draw();
+  drawSoon();
 }
 
 // ---------------------------------------------------------------------------------------
@@ -270,15 +277,9 @@ function required(text, maxChars) {
 // Drawing.
 // ---------------------------------------------------------------------------------------
 
-let isDrawing = false;
+const { soon: drawSoon, now: draw } = paced(drawAll, DRAW_PAUSE_MS);
 
-function drawSoon() {
-  if (!isDrawing) setTimeout(draw);
-  isDrawing = true;
-}
-
-function draw() {
-  isDrawing = false;
+function drawAll() {
   if (!model) return;
   if (!model.lists.get(current) || model.lists.get(current)?.deleted) show("");
   drawLists();
@@ -351,7 +352,7 @@ function progressOf(open, done) {
 
 /** @param {import("./model.js").Item} first */
 function makeItem(first) {
-  const box = make("input", { type: "checkbox", id: `item-${first.id}` });
+  const box = make("input", { type: "checkbox", id: BOX_PREFIX + first.id });
   const [text, quantity] = [
     make("span", { className: "text" }),
     make("span", { className: "quantity" }),
@@ -372,11 +373,10 @@ function makeItem(first) {
   edit.onclick = () => editItem(first.id);
   return Object.assign(item, {
     update(/** @type {import("./model.js").Item} */ { text: words, quantity: amount, done }) {
-      text.textContent = words;
-      quantity.textContent = amount;
+      if (setText(text, words)) edit.setAttribute("aria-label", `Change ${words}`);
+      setText(quantity, amount);
       quantity.hidden = !amount;
       box.checked = done;
-      edit.setAttribute("aria-label", `Change ${words}`);
     },
   });
 }
@@ -442,7 +442,7 @@ function makePerson() {
       card.className = `person ${person.tone}`;
       avatar.textContent = [...person.nickname][0].toUpperCase();
       name.textContent = person.nickname;
-      if (state.textContent !== person.words) state.textContent = person.words;
+      setText(state, person.words);
       lists.textContent = listNames(person.lists);
       lists.hidden = !lists.textContent;
       words.textContent = warningOf(person);

@@ -35,6 +35,42 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
+/**
+ * Return whether this was another text before. An element whose text is set is laid out anew, even
+ * if it is the same text: with 2,000 of them that takes half a second.
+ * @param {HTMLElement} element
+ * @param {string} text
+ */
+export function setText(element, text) {
+  if (element.textContent === text) return false;
+  element.textContent = text;
+  return true;
+}
+
+/**
+ * Return two ways to do some work: `now`, and `soon`, which waits until it was not done for a
+ * while, and stands for all calls until then.
+ * @param {() => void} work
+ * @param {number} pauseMs
+ */
+export function paced(work, pauseMs) {
+  /** @type {any} */
+  let timer = null;
+  let doneAt = -Infinity;
+  const now = () => {
+    clearTimeout(timer);
+    timer = null;
+    work();
+    doneAt = Date.now();
+  };
+  const soon = () => {
+    // Clocks are set back too.
+    const sinceMs = Math.max(0, Date.now() - doneAt);
+    timer ??= setTimeout(now, Math.max(0, pauseMs - sinceMs));
+  };
+  return { soon, now };
+}
+
 /** @param {string} name of a symbol in index.html */
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
@@ -82,7 +118,7 @@ export function reconcile(parent, records, create) {
   records.forEach((record, place) => {
     const child = /** @type {any} */ (former.get(record.id) ?? create(record));
     former.delete(record.id);
-    child.dataset.id = record.id;
+    if (child.dataset.id !== record.id) child.dataset.id = record.id;
     child.update(record);
     if (parent.children[place] !== child) {
       parent.insertBefore(child, parent.children[place] ?? null);

@@ -20,6 +20,7 @@ import {
   writeChanges,
 } from "../../examples/shopping_list/model.js";
 import { Sync } from "../../examples/shopping_list/sync.js";
+import { paced } from "../../examples/shopping_list/ui.js";
 import { standingOf } from "../../examples/shopping_list/words.js";
 import { RelayError } from "../../js/connectoid.js";
 
@@ -600,4 +601,27 @@ test("what still comes from somebody who is gone makes nobody", async () => {
   }
   assert.equal(sync._people.size, 0);
   assert.equal(sent.length, 2);
+});
+
+test("what others say is drawn once in a while, and what the user does at once", (t) => {
+  t.mock.timers.enable({ apis: ["setTimeout", "Date"] });
+  let drawn = 0;
+  const { soon, now } = paced(() => { drawn += 1; }, 200);
+  const after = (ms, count) => {
+    t.mock.timers.tick(ms);
+    assert.equal(drawn, count);
+  };
+  [1, 2, 3].forEach(soon);
+  after(0, 1);
+  [1, 2, 3].forEach(soon);
+  after(199, 1);
+  after(1, 2);
+  soon();
+  now();
+  after(0, 3);
+  after(199, 3);
+  // That was for both.
+  after(1_000, 3);
+  soon();
+  after(0, 4);
 });

@@ -1258,6 +1258,44 @@ def test_contact_gets_the_lists_that_are_shared_and_no_others(pair: tuple[User, 
     alice.sees("Presents", "#lists")
 
 
+ADD_ITEM = """(item) => new Promise((resolve, reject) => {
+  const opening = indexedDB.open("shopping_list", 1);
+  opening.onsuccess = () => {
+    const transaction = opening.result.transaction(["lists", "items"], "readwrite");
+    const lists = transaction.objectStore("lists").getAll();
+    lists.onsuccess = () =>
+      transaction.objectStore("items").put({ ...item, list: lists.result[0].id });
+    transaction.oncomplete = () => resolve(opening.result.close());
+    transaction.onabort = reject;
+  };
+})"""
+COUNT_CHANGES = """(item) => {
+  window.changes = 0;
+  new MutationObserver((seen) => { window.changes += seen.length; }).observe(
+    item, { attributes: true, characterData: true, childList: true, subtree: true });
+}"""
+
+
+@browser_test
+@pytest.mark.slow
+def test_an_item_takes_neither_the_place_of_another_part_nor_the_time_of_other_items(
+    make_user: UserMaker,
+) -> None:
+    alice = make_user()
+    alice.make_list("Groceries")
+    alice.add("Tomatoes", "6")
+    # A contact chooses the ids of what it adds.
+    alice.page.evaluate(ADD_ITEM, {**MILK, "id": "quantity"})
+    alice.page.reload()
+    alice.page.click("[aria-label='Change Tomatoes']")
+    assert alice.page.input_value("#item-dialog input >> nth=1") == "6"
+    alice.page.keyboard.press("Escape")
+    alice.page.locator("#list li:has-text('Tomatoes')").evaluate(COUNT_CHANGES)
+    alice.tick("Milk")
+    alice.sees("Milk", "#done-items")
+    assert alice.page.evaluate("window.changes") == 0
+
+
 @browser_test
 @pytest.mark.slow
 def test_dialog_is_about_the_list_that_it_names_whatever_a_contact_does_meanwhile(
@@ -1625,7 +1663,7 @@ def test_everything_can_be_done_by_keyboard(make_user: UserMaker) -> None:
     press("Tab", "Tab", "Tab", "Space")
     playwright.expect(page.locator("#done-items")).to_contain_text("Milk")
     # It went to the basket with what it is on.
-    assert focused().startswith("item-")
+    assert focused().startswith("box:")
     press("Space")
     playwright.expect(page.locator("#open-items")).to_contain_text("Milk")
     press("Tab")
