@@ -83,6 +83,10 @@ TWO_AT = f"{A0_AT}~{AF_AT}"
 TWO = invite(TWO_AT, S, commit(ALICE.pub, R))
 
 
+# A relay where nobody has an address of these contexts.
+ELSEWHERE = "https://elsewhere.example/"
+
+
 def own(address: str) -> Json:
     """Return an address of one's own with its private keys."""
     pubs = {box.pub: box.private for box in MAILBOX_KEYS}
@@ -107,6 +111,7 @@ NOTHING_KNOWN: Json = {
     "renewal_hashes": [],
     "former_contact": "",
     "key_news": "",
+    "met": [],
     "seq": START + 2_000_000,
     "seen_seq": 0,
 }
@@ -178,6 +183,9 @@ def contexts_of_alice_paired() -> dict[str, Json]:
     there: Json = {**bound_of_alice(), "connectoid": B1_AT, "seen_seq": SOON}
     return {
         "alice paired": context("inviter", "paired", {"invited": A0_AT, "current": A1_AT}, **there),
+        "alice paired, has met another relay": context(
+            "inviter", "paired", {"invited": A0_AT, "current": A1_AT}, **there, met=[ELSEWHERE]
+        ),
         "alice paired, moved three times": context(
             "inviter",
             "paired",

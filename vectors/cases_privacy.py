@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cases_in_context import LATE, Box, accepted, alices, bobs, reply
+from cases_in_context import ELSEWHERE, LATE, Box, accepted, alices, bobs, reply
 from cases_sdp import BASE, join
-from vector_forms import hash_of, make_jws
+from vector_forms import hash_of, mailbox, make_jws
 from vector_keys import Json
-from vector_people import A0, A1, B0, B0_AT, B1, B1_AT, BOB, HELLO, from_bob
+from vector_people import (
+    A0,
+    A1,
+    B0,
+    B0_AT,
+    B1,
+    B1_AT,
+    B2,
+    BOB,
+    HELLO,
+    M0,
+    MALLORY,
+    from_bob,
+    hello,
+)
 
 MAX_CHANNEL_BYTES = 65_536
 
@@ -84,6 +98,8 @@ def asked_first() -> Iterator[Json]:
         **told,
     }
     yield from answered_unasked()
+    yield from held_back()
+    yield from not_held_back()
 
 
 def answered_unasked() -> Iterator[Json]:
@@ -122,3 +138,56 @@ def answered_unasked() -> Iterator[Json]:
         ),
         **wish,
     }
+
+
+ASKED: Json = {"ask_first": True}
+AWAY = mailbox(B2.pub, ELSEWHERE)
+MOVED = bobs("moved", connectoid=AWAY)
+
+
+def held_back() -> Iterator[Json]:
+    """Yield what does not go to a relay that is newly named before the user is asked."""
+    told: Json = {"told": "wants_to_connect"}
+    case = accepted(
+        "held back: moved to a new relay", "alice paired", Box(A1, MOVED), seen_seq=LATE,
+        connectoid=AWAY, met=[])
+    yield {**case, **ASKED, **told}
+    both = f"{B1_AT}~{AWAY}"
+    half = bobs("moved", connectoid=both)
+    case = accepted(
+        "held back: moved to a known relay and a new one", "alice paired", Box(A1, half),
+        seen_seq=LATE, connectoid=both, met=[], sent=[reply(B1, "moved", both, hash_of(half))])
+    yield {**case, **ASKED, **told}
+    unshare = bobs("unshare", connectoid=AWAY)
+    case = accepted(
+        "held back: unshare from a new relay", "alice paired", Box(A1, unshare), state="ended",
+        why="unshared")
+    yield {**case, **ASKED}
+    at_home = hello(connectoid=mailbox(B0.pub, ELSEWHERE))
+    case = accepted(
+        "held back: hello from a new relay", "alice invited", Box(A0, at_home), state="welcomed",
+        met=[])
+    yield {**case, **ASKED, **told}
+    stranger = hello(MALLORY, connectoid=mailbox(M0.pub, ELSEWHERE))
+    case = accepted(
+        "held back: hello from a new relay to a link that is used", "alice paired",
+        Box(A0, stranger), warned=True, state="paired", met=[])
+    yield {**case, **ASKED}
+
+
+def not_held_back() -> Iterator[Json]:
+    """Yield what goes to another relay than before all the same."""
+    case = accepted(
+        "not held back: moved to a relay that was met", "alice paired, has met another relay",
+        Box(A1, MOVED), seen_seq=LATE, connectoid=AWAY, met=[ELSEWHERE],
+        sent=[reply(B2, "moved", AWAY, hash_of(MOVED))])
+    yield {**case, **ASKED}
+    yield accepted(
+        "not held back: moved to a new relay, and nobody wants to be asked", "alice paired",
+        Box(A1, MOVED), seen_seq=LATE, connectoid=AWAY, met=[ELSEWHERE],
+        sent=[reply(B2, "moved", AWAY, hash_of(MOVED))])
+    case = accepted(
+        "not held back: moved to a new relay, after the user has left", "alice unshared",
+        Box(A1, MOVED), seen_seq=LATE, met=[ELSEWHERE],
+        sent=[reply(B2, "unshare", AWAY, hash_of(MOVED))])
+    yield {**case, **ASKED}

@@ -273,6 +273,8 @@ BY_NAME: Mapping[str, Mapping[str, str]] = {
         "moved": "ROTATE-9 READ-30",
         "moved in answer, at the pending address": "ROTATE-9 ROTATE-2",
         "*, the user is asked first": "CONNECT-15",
+        "held back: *": "CONNECT-19",
+        "not held back: *": "CONNECT-19",
         "moved after an offer of the round": "ROTATE-9 CONNECT-5",
         "moved to who has left": "UNSHARE-5",
         "moved from Alice": "ROTATE-9",

@@ -79,8 +79,7 @@ def _ask(machine: Machine, message: Message) -> None:
     machine.asked = message.hash
     if message.type == "ready" and machine.may_repeat("call"):
         outbox.send_call(machine, None)
-    if machine.may_repeat("wants_to_connect"):
-        machine.tell("wants_to_connect")
+    machine.tell_wish()
 
 
 # -- Beginning ---------------------------------------------------------------------------

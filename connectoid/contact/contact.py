@@ -119,6 +119,7 @@ class Contact:
             machine.told_unsent = False
             machine.be_active()
             connecting.turn(machine, "begin")
+            outbox.repeat_held_welcome(machine)
         return effects
 
     def disconnect(self, now: Now) -> list[Effect]:

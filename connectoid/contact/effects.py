@@ -32,7 +32,8 @@ class Privacy(NamedTuple):
     """What an app wants of all connections; contacts learn nothing of it.
 
     `relay_only`: contacts are told no address but those of TURN servers. `ask_first`: a contact who
-    wants to connect is told no address at all before the app wants to connect too.
+    wants to connect is told no address at all before the app wants to connect too, and nothing goes
+    to a relay that is newly named.
     """
 
     relay_only: bool = False

@@ -290,6 +290,11 @@ class Machine:
         told_s.append(self.now.monotonic_s)
         return True
 
+    def tell_wish(self) -> None:
+        """Tell the app once a minute that the contact waits for it, unless that is at its end."""
+        if self.record.relays and self.may_repeat("wants_to_connect"):
+            self.tell("wants_to_connect")
+
     # -- Queries -------------------------------------------------------------------------
 
     def box(self, pub: str) -> Box:
@@ -325,6 +330,23 @@ class Machine:
     def must_ask(self) -> bool:
         """Return whether the app has to want a connection before the contact is answered."""
         return self.privacy.ask_first and not self.wanted
+
+    @property
+    def known_relays(self) -> set[str]:
+        """Return the relays that know this device: one's own for this contact, and those met."""
+        own = {mailbox.url for own in self.record.addresses for mailbox in own.mailboxes}
+        return own.union(self.record.met)
+
+    def may_write(self, url: str, *, is_to_stranger: bool) -> bool:
+        """Return whether a message may go to a relay, which learns where this device is.
+
+        Where the app asks first, a relay that is newly named gets only what the contact has to
+        hear. A wish to connect with the contact is none to write to strangers.
+        """
+        must_ask = self.must_ask and not self.has_news
+        if is_to_stranger:
+            must_ask = self.privacy.ask_first
+        return not must_ask or url in self.known_relays
 
     @property
     def wants_attempt(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from connectoid.contact import renewal, rotation
 from connectoid.contact.effects import Send
 from connectoid.contact.machine import Machine
-from connectoid.contact.record import OwnAddress
+from connectoid.contact.record import OwnAddress, urls_at
 from connectoid.encoding import encode_base64url
 from connectoid.limits import (
     AGAIN_IDLE_S,
@@ -84,6 +84,14 @@ def refuse(machine: Machine, address: str, hello_hash: str, *, is_to_stranger: b
     if machine.record.is_link_key_idle:
         jws = sign_by_link_key(machine, "unshare", address, hello_hash)
         post(machine, address, jws, is_to_stranger=is_to_stranger)
+
+
+def repeat_held_welcome(machine: Machine) -> None:
+    """Send the welcome now that the app wants a connection, if a relay has not got it before."""
+    record = machine.record
+    has_all = machine.known_relays.issuperset(urls_at(record.contact_address))
+    if record.state == "welcomed" and record.welcome and not has_all:
+        repeat_welcome(machine, record.contact_address)
 
 
 def send_used(machine: Machine, address: str, hello_hash: str, *, is_to_stranger: bool) -> None:
@@ -263,9 +271,21 @@ def post(
     machine: Machine, address: str, text: str, *, message_hash: str = "",
     is_to_stranger: bool = False,
 ) -> None:
-    """Seal a message to each mailbox of an address, and send it."""
+    """Seal a message to each mailbox of an address, and send it where it may go.
+
+    What is held back is not kept: as soon as the app wants a connection, more is said.
+    """
+    is_held = False
     for mailbox in parse_address(address, allow_http=True):
+        if not machine.may_write(mailbox.url, is_to_stranger=is_to_stranger):
+            is_held = True
+            continue
         sealed = seal_message(machine.suite, mailbox.pub, text)
         machine.effects.append(Send(mailbox, sealed, is_to_stranger, message_hash))
-    if not is_to_stranger:
-        machine.poll_fast()
+    if is_to_stranger:
+        return
+    if is_held:
+        machine.tell_wish()
+    else:
+        machine.keep(met=urls_at(address))
+    machine.poll_fast()

@@ -12,7 +12,7 @@ from connectoid.comparison import comparison_string
 from connectoid.contact import connecting, outbox, rotation
 from connectoid.contact.effects import Forget
 from connectoid.contact.machine import Machine, Received
-from connectoid.contact.record import ContactRecord, Relays, urls_of
+from connectoid.contact.record import ContactRecord, Relays, urls_at, urls_of
 from connectoid.contact.rules import Table, make_table
 from connectoid.encoding import encode_base64url
 from connectoid.errors import Refused
@@ -293,6 +293,8 @@ def take_unshare(machine: Machine, received: Received) -> str:
 def leave(machine: Machine) -> str:
     """Tell the other, and keep a tombstone: the keys, and where to tell it until it answers."""
     record = machine.record
+    # Whoever leaves wants the other to hear of it, wherever that is now.
+    machine.keep(met=urls_at(record.contact_address))
     if record.state == "welcomed":
         # `used` is all that an opener can check so far.
         outbox.send_used(

@@ -25,9 +25,10 @@ RECORD_VERSION = 1
 KEY_NEWS = ("", "renewed", "copied")
 _ADDRESSES = ("invited", "current", "pending")
 # What older records lack. They have `relays_named` in place of `named_relays`, one address or none
-# as `former`, and one `left_us` for all of them.
+# as `former`, and one `left_us` for all of them. None as `met` is all of the contact's address.
 _LATER: Mapping[str, Any] = {
-    "replaced": (), "named_relays": (), "relays_named": False, "renewal_hashes": (), "left_us": 0}
+    "replaced": (), "named_relays": (), "relays_named": False, "renewal_hashes": (), "left_us": 0,
+    "met": None}
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class ContactRecord:
     former_contact: str = ""
     # One of KEY_NEWS, until the user says that all is well.
     key_news: str = ""
+    # The relays of the contact that were last written to as the user wanted: they know this device.
+    met: tuple[str, ...] = ()
 
     def compared(self, *, same: bool) -> ContactRecord:
         """Return the record with what has come of comparing the string by voice.
@@ -229,7 +232,9 @@ def _members_from_json(members: dict[str, Any]) -> dict[str, Any]:
     members["relays"] = tuple((url, ext) for url, ext in members["relays"])
     if members.pop("relays_named"):
         members["named_relays"] = urls_of(members["relays"])
-    for name in ("comparison", "used_to", "named_relays", "renewal_hashes"):
+    if members["met"] is None:
+        members["met"] = urls_at(members["contact_address"])
+    for name in ("comparison", "used_to", "named_relays", "renewal_hashes", "met"):
         members[name] = tuple(members[name])
     for name in _ADDRESSES:
         own = members[name]
@@ -247,6 +252,13 @@ def _members_from_json(members: dict[str, Any]) -> dict[str, Any]:
 def urls_of(relays: Relays) -> tuple[str, ...]:
     """Return the URLs of relays."""
     return tuple(url for url, _ in relays)
+
+
+def urls_at(address: str) -> tuple[str, ...]:
+    """Return the URLs of the relays in an address, none for the one that is not known yet."""
+    if not address:
+        return ()
+    return tuple(dict.fromkeys(box.url for box in parse_address(address, allow_http=True)))
 
 
 def _address_from_json(own: dict[str, Any]) -> OwnAddress:

@@ -46,6 +46,8 @@ const PAUSES_MS = [0, 60_000, 300_000, 1_800_000];
 // Events that are no step of connecting: anybody with the link can cause some of them. What was
 // refused is counted, and the rest is in the record.
 const ASIDE = new Set(["refused", "opened_twice", "renewed", "contact_renewed", "copied"]);
+// States in which a contact may wait for the user's wish to connect.
+const WAITING = ["welcomed", "ready", "paired"];
 // They stay true until the contact is there, whatever comes after them.
 const WARNINGS = new Set(["flooded", "needs_newer_app"]);
 
@@ -715,7 +717,7 @@ export class Sync {
       tone,
       words,
       connected: isConnected,
-      asks: !isConnected && record.state === "paired" && lastEvent === "wants_to_connect",
+      asks: !isConnected && WAITING.includes(record.state) && lastEvent === "wants_to_connect",
       ended: record.state === "ended",
       link: isOpen ? makeLink(this._appUrl, record.invitation) : "",
       emoji: record.comparison.map((/** @type {number} */ index) => EMOJI[index]),

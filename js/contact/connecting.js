@@ -92,7 +92,7 @@ async function actOnOffer(machine, message, fresh) {
 async function ask(machine, { type, hash }) {
   machine.asked = hash;
   if (type === "ready" && machine.mayRepeat("call")) await outbox.sendCall(machine, null);
-  if (machine.mayRepeat("wants_to_connect")) machine.tell("wants_to_connect");
+  machine.tellWish();
 }
 
 // -- Beginning ---------------------------------------------------------------------------

@@ -112,6 +112,7 @@ export class Contact {
       machine.toldUnsent = false;
       machine.beActive();
       await connecting.turn(machine, "begin");
+      await outbox.repeatHeldWelcome(machine);
     });
   }
 

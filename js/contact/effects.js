@@ -61,7 +61,8 @@ export function isSet({ wallUs }) {
  * What an app wants of all connections; contacts learn nothing of it.
  *
  * `relayOnly`: contacts are told no address but those of TURN servers. `askFirst`: a contact who
- * wants to connect is told no address at all before the app wants to connect too.
+ * wants to connect is told no address at all before the app wants to connect too, and nothing goes
+ * to a relay that is newly named.
  * @typedef {{relayOnly?: boolean, askFirst?: boolean}} Privacy
  */
 

@@ -14,6 +14,7 @@ import {
   POLL_FAST_FOR_S, REPEAT_S, TELL_EVERY_S, ZERO_EVERY_S,
 } from "../limits.js";
 import { REPEATABLE } from "./effects.js";
+import { addressesOf, mailboxesOf } from "./record.js";
 import { LASTING } from "./rules.js";
 
 /** @import { Bytes } from "../encoding.js" */
@@ -365,6 +366,13 @@ export class Machine {
     return true;
   }
 
+  /** Tell the app once a minute that the contact waits for it, unless that is at its end. */
+  tellWish() {
+    if (this.record.relays.length && this.mayRepeat("wants_to_connect")) {
+      this.tell("wants_to_connect");
+    }
+  }
+
   // -- What follows of it ------------------------------------------------------------------
 
   /**
@@ -405,6 +413,25 @@ export class Machine {
   /** Whether the app has to want a connection before the contact is answered. */
   get mustAsk() {
     return Boolean(this.privacy.askFirst) && !this.wanted;
+  }
+
+  /** The relays that know this device: one's own for this contact, and those met. */
+  get knownRelays() {
+    const own = addressesOf(this.record).flatMap(mailboxesOf).map(({ url }) => url);
+    return [...own, ...this.record.met];
+  }
+
+  /**
+   * Say whether a message may go to a relay, which learns where this device is.
+   *
+   * Where the app asks first, a relay that is newly named gets only what the contact has to hear.
+   * A wish to connect with the contact is none to write to strangers.
+   * @param {string} url
+   * @param {{isToStranger: boolean}} whom
+   */
+  mayWrite(url, { isToStranger }) {
+    const mustAsk = isToStranger ? this.privacy.askFirst : this.mustAsk && !this.hasNews;
+    return !mustAsk || this.knownRelays.includes(url);
   }
 
   /** Whether an attempt is to begin, as soon as it may. */

@@ -15,7 +15,7 @@ import { sealMessage, signJws } from "../messages.js";
 import { hashJws, prove } from "../suite.js";
 import { VERSIONS } from "../versions.js";
 import { isSet } from "./effects.js";
-import { KNOWN, addressesOf, isLinkKeyIdle } from "./record.js";
+import { KNOWN, addressesOf, isLinkKeyIdle, urlsAt } from "./record.js";
 import * as renewal from "./renewal.js";
 import { isDue, rotate, rotateIfDue } from "./rotation.js";
 
@@ -100,6 +100,17 @@ export async function refuse(machine, address, helloHash, whom) {
   if (isLinkKeyIdle(machine.record)) {
     await post(machine, address, await signByLinkKey(machine, "unshare", address, helloHash), whom);
   }
+}
+
+/**
+ * Send the welcome now that the app wants a connection, if a relay has not got it before.
+ * @param {Machine} machine
+ */
+export async function repeatHeldWelcome(machine) {
+  const { state, welcome, contactAddress } = machine.record;
+  const known = machine.knownRelays;
+  const hasAll = urlsAt(contactAddress).every((url) => known.includes(url));
+  if (state === "welcomed" && welcome && !hasAll) await repeatWelcome(machine, contactAddress);
 }
 
 /**
@@ -329,16 +340,33 @@ function announcedAddress(machine) {
 }
 
 /**
- * Seal a message to each mailbox of an address, and send it.
+ * Seal a message to each mailbox of an address, and send it where it may go.
+ *
+ * What is held back is not kept: as soon as the app wants a connection, more is said.
  * @param {Machine} machine
  * @param {string} address
  * @param {string} text
  * @param {{hash?: string, isToStranger?: boolean}} [about] the hash of the message, and for whom
  */
 async function post(machine, address, text, { hash = "", isToStranger = false } = {}) {
-  for (const mailbox of parseAddress(address, KNOWN)) {
+  const mailboxes = parseAddress(address, KNOWN);
+  const known = mailboxes.filter(({ url }) => machine.mayWrite(url, { isToStranger }));
+  for (const mailbox of known) {
     const data = await sealMessage(machine.suite, mailbox.pub, text);
     machine.do({ do: "send", mailbox, data, isToStranger, hash });
   }
-  if (!isToStranger) machine.pollFast();
+  if (isToStranger) return;
+  if (known.length < mailboxes.length) machine.tellWish();
+  else meet(machine, address);
+  machine.pollFast();
+}
+
+/**
+ * Note that the relays of an address know this device, as the user wants what goes there.
+ * @param {Machine} machine
+ * @param {string} address
+ */
+export function meet(machine, address) {
+  const met = urlsAt(address);
+  if (met.join(" ") !== machine.record.met.join(" ")) machine.keep({ met });
 }

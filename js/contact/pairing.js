@@ -339,6 +339,8 @@ async function takeUnshare(machine, { message }) {
  */
 async function leave(machine) {
   const { state, contactAddress, helloHash } = machine.record;
+  // Whoever leaves wants the other to hear of it, wherever that is now.
+  outbox.meet(machine, contactAddress);
   if (state === "welcomed") {
     // `used` is all that an opener can check so far.
     await outbox.sendUsed(machine, contactAddress, helloHash, { isToStranger: false });

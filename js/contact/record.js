@@ -62,6 +62,7 @@ import { NUMBERED_FOR, PAIRING_STATES } from "./rules.js";
  * @property {string[]} renewalHashes of what has told of the present one, the newest last
  * @property {string} formerContact the other's signing key before the present one
  * @property {string} keyNews one of KEY_NEWS, until the user says that all is well
+ * @property {string[]} met the contact's relays that were last written to as the user wanted
  */
 
 export const RECORD_VERSION = 1;
@@ -123,6 +124,7 @@ export const BLANK = {
   ...NO_LINK_KEY,
   formerContact: "",
   keyNews: "",
+  met: [],
 };
 
 /** What is in a record was checked when it came. */
@@ -204,7 +206,7 @@ export function checkRecord(kept) {
 
 /**
  * Return a record with what older ones lack. They have `relaysNamed` in place of `namedRelays`, one
- * address or none as `former`, and one `leftUs` for all of them.
+ * address or none as `former`, and one `leftUs` for all of them. The contact's relays are met.
  * @param {any} kept
  */
 function withLater(kept) {
@@ -214,7 +216,7 @@ function withLater(kept) {
   const namedRelays = relaysNamed === true ? urlsOf(others.relays) : [];
   return {
     differs: false, protocol: 1, app: "", replaced: [], namedRelays, ...NO_OLD_KEY,
-    ...NO_LINK_KEY, formerContact: "", keyNews: "",
+    ...NO_LINK_KEY, formerContact: "", keyNews: "", met: urlsAt(others.contactAddress),
     ...others,
     former: former.map((own) => ({ leftUs, ...own })),
   };
@@ -226,6 +228,15 @@ function withLater(kept) {
  */
 export function urlsOf(relays) {
   return relays.map(([url]) => url);
+}
+
+/**
+ * Return the URLs of the relays in an address, none for the one that is not known yet.
+ * @param {string} address
+ */
+export function urlsAt(address) {
+  if (!address) return [];
+  return [...new Set(parseAddress(address, KNOWN).map(({ url }) => url))];
 }
 
 /**

@@ -612,6 +612,91 @@ test("an opener who asks first makes no offer before the app wants to connect", 
   assert.deepEqual(states({ alice, bob }), ["connected", "connected"]);
 });
 
+// -- Whoever runs a relay sees who writes to it ------------------------------------------
+
+const ELSEWHERE = "http://127.0.0.1:7/";
+const FARTHER = "http://127.0.0.1:5/";
+
+/** Let two contacts connect and part; Alice asks first, and Bob has moved to other relays. */
+async function movedAway(...urls) {
+  const wire = new Wire();
+  wire.urls.push(ELSEWHERE, FARTHER);
+  const { alice, bob } = await pair(wire);
+  await wire.rounds(6);
+  for (const [name, contact] of Object.entries(wire.contacts)) {
+    await wire.do(name, contact.disconnect(wire.now));
+  }
+  alice.privacy = { askFirst: true };
+  wire.nowS += 61;
+  await wire.do("Bob", bob.move(wire.now, urls.map((url) => [url, null])));
+  return { wire, alice, bob };
+}
+
+/** Return the relays that get something, and do it. */
+async function writtenTo(wire, name, promise) {
+  const effects = await promise;
+  await wire.do(name, effects);
+  return effects.filter((effect) => effect.do === "send").map(({ mailbox: { url } }) => url);
+}
+
+test("a relay that a contact newly names gets nothing before the app connects", async () => {
+  const { wire, alice, bob } = await movedAway(ELSEWHERE);
+  const before = wire.at;
+  await wire.poll("Alice");
+  assert.equal(wire.at, before);
+  assert.deepEqual(wire.told.at(-1), ["Alice", "wants_to_connect"]);
+  assert.deepEqual(alice.record.met, [RELAYS[0][0]]);
+  assert.deepEqual(await writtenTo(wire, "Alice", alice.connect(wire.now)), [ELSEWHERE]);
+  assert.deepEqual(alice.record.met, [ELSEWHERE]);
+  assert.deepEqual(wire.saved.Alice.met, [ELSEWHERE]);
+  await wire.rounds(6);
+  assert.deepEqual(states({ alice, bob }), ["connected", "connected"]);
+});
+
+for (const act of ["unshare", "renew"]) {
+  test(`${act} goes to a relay that a contact newly names at once, and again`, async () => {
+    const { wire, alice, bob } = await movedAway(ELSEWHERE);
+    await wire.poll("Alice");
+    const first = await writtenTo(wire, "Alice", alice[act](wire.now));
+    assert.deepEqual([...new Set(first)], [ELSEWHERE]);
+    await wire.do("Bob", bob.move(wire.now, [[FARTHER, null]]));
+    await wire.poll("Alice");
+    wire.nowS += AGAIN_IDLE_S;
+    const again = await writtenTo(wire, "Alice", alice.tick(wire.now));
+    assert.deepEqual([...new Set(again)], [FARTHER]);
+  });
+}
+
+test("a welcome to a new relay waits for the app, and goes out once", async () => {
+  const wire = new Wire();
+  wire.urls.push(ELSEWHERE);
+  const [alice, invited] = await Contact.invite(SUITE, wire.now, "Bob", RELAYS);
+  wire.contacts.Alice = alice;
+  alice.privacy = { askFirst: true };
+  await wire.do("Alice", invited);
+  const invitation = readLink(alice.record.invitation);
+  const relays = [[ELSEWHERE, null]];
+  const [bob, opened] = await Contact.open(SUITE, wire.now, "Alice", invitation, { relays });
+  wire.contacts.Bob = bob;
+  await wire.do("Bob", opened);
+  const before = wire.at;
+  await wire.poll("Alice");
+  assert.deepEqual([alice.record.state, wire.at], ["welcomed", before]);
+  assert.deepEqual(wire.told, [["Alice", "wants_to_connect"]]);
+  assert.deepEqual(await writtenTo(wire, "Alice", alice.connect(wire.now)), [ELSEWHERE]);
+  assert.deepEqual(await writtenTo(wire, "Alice", alice.connect(wire.now)), []);
+  await wire.rounds(8);
+  assert.deepEqual(states({ alice, bob }), ["connected", "connected"]);
+});
+
+test("a record from before relays were met has met those of the contact", async () => {
+  const { alice } = await pair(new Wire());
+  for (const [address, met] of [[alice.record.invited.address, [RELAYS[0][0]]], ["", []]]) {
+    const { met: _, ...older } = { ...alice.record, contactAddress: address };
+    assert.deepEqual(checkRecord(older).met, met);
+  }
+});
+
 const CANDIDATE = `a=candidate:1 1 udp 1 2001:db8::1 54321 typ srflx ${"x".repeat(190)}\r\n`;
 
 /** A wire where WebRTC gathers as many long candidates as an SDP may have. */

@@ -45,15 +45,16 @@ function asked(requests) {
 }
 
 /** Let Bob, whose only relay is a service on this machine, open Alice's link. */
-async function lead(allowPrivateRelays) {
+async function lead(allowPrivateRelays, privacy = {}) {
   const { url, requests } = await serve(nothingNew);
   const problems = [];
   const onProblem = ({ message }) => problems.push(message);
-  const { app: alice } = await startApp(relay, { onProblem, allowPrivateRelays });
+  const { app: alice, told } = await startApp(relay, { onProblem, allowPrivateRelays });
+  alice.privacy = privacy;
   const { app: bob } = await startApp(url, { allowPrivateRelays: true });
   await bob.open(await alice.share("Bob", APP), "Alice");
   await until(() => alice.contacts()[0].state === "welcomed");
-  return { requests, problems };
+  return { alice, told, requests, problems };
 }
 
 test("an opener leads an app to no port of its machine, and the user is told", async () => {
@@ -67,6 +68,14 @@ test("a private relay gets the protocol's POST where the user allows it", async 
   const { requests } = await lead(true);
   await until(() => asked(requests)[0] > 0);
   assert.equal(asked(requests)[1], 1);
+});
+
+test("an app that asks first is led nowhere before the user connects", async () => {
+  const { alice, told, requests } = await lead(true, { askFirst: true });
+  await until(() => told.includes("wants_to_connect"));
+  assert.equal(asked(requests)[0], 0);
+  await assert.rejects(alice.connect("Bob", { timeoutS: 0 }));
+  await until(() => asked(requests)[0] > 0);
 });
 
 test("a link leads an app to no port of its machine unless the user names it", async () => {

@@ -481,6 +481,7 @@ async function keep(known, rotatedUs) {
     usedTo: [],
     why: "",
     namedRelays: [],
+    met: known.met ?? [],
   };
 }
 
@@ -498,6 +499,7 @@ function after(record) {
     seen_seq: record.seenSeq,
     hello_hash: record.helloHash,
     numbers: record.comparison,
+    met: record.met,
     current: record.current?.address ?? null,
     pending: record.pending?.address ?? null,
     replaced: record.replaced.map(({ address }) => address),

@@ -25,7 +25,7 @@ from apps import (
 from fake_sdp import make_sdp
 from test_hostile_counterparts import Place, Stranger, forge, place
 
-from connectoid import Connectoid, Mailbox, format_address
+from connectoid import Connectoid, Mailbox, Privacy, format_address
 from connectoid.http_transport import (
     PRIVATE,
     DaemonResolver,
@@ -42,6 +42,7 @@ from connectoid_relay import Relay, SqliteStore
 __all__ = ["apps", "place"]
 
 REFUSED = "is no relay of yours"
+ALL_WAYS = Privacy()
 
 
 def found(*addresses: str) -> list[Any]:
@@ -225,14 +226,18 @@ def test_proxy_is_led_to_no_private_address_but_looks_names_up_itself(
         assert len(proxy.asked) == 1
 
 
-def lead(apps: Apps, place: Place, url: str, *, is_allowed: bool) -> None:
-    """Have a stranger who opens Alice's link lead her to a URL."""
+def lead(
+    apps: Apps, place: Place, url: str, *, is_allowed: bool, privacy: Privacy = ALL_WAYS,
+) -> Connectoid:
+    """Have a stranger who opens Alice's link lead her to a URL; return her app."""
     alice = apps.begin("Alice", place.url)
     alice.allow_private_relays = is_allowed
+    alice.privacy = privacy
     stranger = Stranger(alice.share("Bob", APP_URL), place)
     stranger._mailbox = Mailbox(SUITE.make_key()[1], url, None)
     stranger.say_hello()
     until(lambda: alice.contacts()[0].state == "welcomed", "bound")
+    return alice
 
 
 def test_opener_leads_an_app_to_no_port_of_its_machine(
@@ -252,6 +257,21 @@ def test_private_relay_is_written_to_where_the_user_allows_it(apps: Apps, place:
         lead(apps, place, service.url, is_allowed=True)
         until(lambda: service.asked, "written to")
         assert {asked.request["action"] for asked in service.asked} == {"send"}
+    relay.close()
+
+
+def test_app_that_asks_first_is_led_nowhere_before_the_user_connects(
+    apps: Apps, place: Place,
+) -> None:
+    """It is told that somebody waits. The welcome goes out with the user's wish."""
+    relay = Relay(SqliteStore(":memory:"))
+    with FakeRelay(honest(relay)) as service:
+        alice = lead(apps, place, service.url, is_allowed=True, privacy=Privacy(ask_first=True))
+        until(lambda: ("Alice", "Bob", "wants_to_connect") in apps.told, "told")
+        assert service.asked == []
+        with pytest.raises(TimeoutError):
+            alice.connect("Bob", 0)
+        until(lambda: service.asked, "written to")
     relay.close()
 
 

@@ -259,6 +259,7 @@ SAVED_MEMBERS = {
     "renewal_hashes",
     "former_contact",
     "key_news",
+    "met",
 }
 
 
