@@ -23,9 +23,9 @@ export const MAX_ITEMS = 2_000;
 // In all lists that are shared with a contact, tombstones included: the two tell each other all of
 // them whenever they connect. Beyond that the contact adds nothing. The user still may.
 export const MAX_ITEMS_OF_CONTACT = 10_000;
-// The same in bytes, with ITEM_BYTES for what is not text.
+// The same in bytes, the lists among them, with RECORD_BYTES for what is not text.
 export const MAX_BYTES_OF_CONTACT = 4_000_000;
-const ITEM_BYTES = 200;
+const RECORD_BYTES = 200;
 export const MAX_NAME_CHARS = 60;
 export const MAX_TEXT_CHARS = 200;
 export const MAX_QUANTITY_CHARS = 20;
@@ -44,6 +44,9 @@ const MAX_MESSAGE_CHARS = 65_536;
 const MESSAGE_BYTES = 48_000;
 // In a message.
 const MAX_RECORDS = 500;
+// Of arrays and objects in a message. Ours have 3. What reads JSON may follow each level on the
+// stack, and a message has room for 65,536. PROTOCOL.md has the same bound.
+export const MAX_LEVELS = 100;
 
 /**
  * @typedef {{id: string, name: string, updatedAt: number, by: string, deleted: boolean}} List
@@ -131,13 +134,29 @@ export function checkItem(value) {
   return { id, list, text, quantity, done, updatedAt, by, deleted };
 }
 
+const STRING = /"[^"\\]*(?:\\[^][^"\\]*)*"?/g;
+const NO_BRACKETS = /[^\][{}]+/g;
+
+/**
+ * Say whether JSON has more than MAX_LEVELS. A look comes before it is read.
+ * @param {string} text
+ */
+function isDeep(text) {
+  let levels = 0;
+  for (const bracket of text.replace(STRING, "").replace(NO_BRACKETS, "")) {
+    levels += "[{".includes(bracket) ? 1 : -1;
+    if (levels > MAX_LEVELS) return true;
+  }
+  return false;
+}
+
 /**
  * Return a message that came; null for a type of later versions; throw TypeError.
  * @param {unknown} text
  * @returns {Message | null}
  */
 export function readMessage(text) {
-  must(typeof text === "string" && text.length <= MAX_MESSAGE_CHARS);
+  must(typeof text === "string" && text.length <= MAX_MESSAGE_CHARS && !isDeep(text));
   let message;
   try {
     message = JSON.parse(/** @type {string} */ (text));
@@ -199,11 +218,12 @@ export function isNewer(one, other) {
 }
 
 /**
- * Return about how many bytes an item takes.
- * @param {Item} item
+ * Return about how many bytes a list or an item takes.
+ * @param {List | Item} record
  */
-function bytesOf({ text, quantity }) {
-  return ITEM_BYTES + UTF8.encode(text + quantity).length;
+function bytesOf(record) {
+  const words = "name" in record ? record.name : record.text + record.quantity;
+  return RECORD_BYTES + UTF8.encode(words).length;
 }
 
 const UTF8 = new TextEncoder();
@@ -410,7 +430,10 @@ export class Model {
    */
   forget(ids) {
     const gone = this.allOf(ids);
-    for (const { id } of gone.lists) this.lists.delete(id);
+    for (const list of gone.lists) {
+      this.lists.delete(list.id);
+      this._note(list.id, -bytesOf(list));
+    }
     for (const item of gone.items) this._dropItem(item);
     return gone;
   }
@@ -439,6 +462,13 @@ export class Model {
       room.refused += 1;
       return null;
     }
+    const bytes = bytesOf(list) - (known ? bytesOf(known) : 0);
+    // What takes no more than before always has room.
+    if (bytes > 0 && room.bytes < bytes) {
+      room.refused += 1;
+      return null;
+    }
+    room.bytes -= bytes;
     return this._keepList(this._healed(list));
   }
 
@@ -498,6 +528,8 @@ export class Model {
 
   /** @param {List} list */
   _keepList(list) {
+    const known = this.lists.get(list.id);
+    this._note(list.id, bytesOf(list) - (known ? bytesOf(known) : 0));
     this.lists.set(list.id, list);
     return list;
   }
@@ -508,7 +540,7 @@ export class Model {
     const growth = bytesOf(item) - (known ? bytesOf(known) : 0);
     this.items.set(item.id, item);
     this._byList.set(item.list, this._of(item.list).set(item.id, item));
-    this._bytes.set(item.list, (this._bytes.get(item.list) ?? 0) + growth);
+    this._note(item.list, growth);
     return item;
   }
 
@@ -516,7 +548,16 @@ export class Model {
   _dropItem(item) {
     this.items.delete(item.id);
     this._of(item.list).delete(item.id);
-    this._bytes.set(item.list, (this._bytes.get(item.list) ?? 0) - bytesOf(item));
+    this._note(item.list, -bytesOf(item));
+  }
+
+  /**
+   * Note that a list takes so many bytes more.
+   * @param {string} list
+   * @param {number} bytes
+   */
+  _note(list, bytes) {
+    this._bytes.set(list, (this._bytes.get(list) ?? 0) + bytes);
   }
 
   /**

@@ -54,10 +54,11 @@ MAX_LISTS = 200
 MAX_LISTS_OF_CONTACT = 50
 # Of a list.
 MAX_ITEMS = 2_000
-# In all lists that are shared with a contact.
+# In all lists that are shared with a contact. Bytes: the lists among them.
 MAX_ITEMS_OF_CONTACT = 10_000
 MAX_BYTES_OF_CONTACT = 4_000_000
-ITEM_BYTES = 200
+# Of a list or an item, what is not text.
+RECORD_BYTES = 200
 MAX_NAME_CHARS = 60
 MAX_TEXT_CHARS = 200
 MAX_QUANTITY_CHARS = 20
@@ -285,11 +286,12 @@ def _id_of(record: Record) -> str:
     return str(record["id"])
 
 
-def bytes_of(item: Record | None) -> int:
-    """Return about how many bytes an item takes."""
-    if item is None:
+def bytes_of(record: Record | None) -> int:
+    """Return about how many bytes a list or an item takes."""
+    if record is None:
         return 0
-    return ITEM_BYTES + len((item["text"] + item["quantity"]).encode())
+    words = [record[member] for member in ("name", "text", "quantity") if member in record]
+    return RECORD_BYTES + len("".join(words).encode())
 
 
 @dataclass
@@ -302,6 +304,15 @@ class Room:
     items: float
     bytes: float
     refused: int = 0
+
+    def takes_list(self, record: Record, former: Record | None) -> bool:
+        """Use it for a list in place of what was known, and return whether it sufficed."""
+        growth = bytes_of(record) - bytes_of(former)
+        if growth > 0 and self.bytes < growth:
+            self.refused += 1
+            return False
+        self.bytes -= growth
+        return True
 
     def takes(self, item: Record, known: Mapping[str, Record], held: int) -> bool:
         """Use it for an item of a list that holds so many, and return whether it sufficed."""
@@ -406,7 +417,7 @@ class Lists:
             is_open = may_write(one["id"], is_new)
             if not is_open or (is_new and len(self.lists) >= MAX_LISTS):
                 room.refused += 1
-            elif self._is_news(one, self.lists.get(one["id"]), now, room):
+            elif self._takes_list(one, now, room):
                 lists.append(self._keep(healed(one, now)))
         items = []
         for one in changes["items"]:
@@ -425,6 +436,10 @@ class Lists:
             return False
         return is_newer(record, known)
 
+    def _takes_list(self, record: Record, now: int, room: Room) -> bool:
+        known = self.lists.get(record["id"])
+        return self._is_news(record, known, now, room) and room.takes_list(record, known)
+
     def _takes_item(self, record: Record, now: int, room: Room) -> bool:
         held = len(self._by_list.get(record["list"], {}))
         is_news = self._is_news(record, self.items.get(record["id"]), now, room)
@@ -438,6 +453,8 @@ class Lists:
             of_list[record["id"]] = record
             self.items[record["id"]] = record
         else:
+            growth = bytes_of(record) - bytes_of(self.lists.get(record["id"]))
+            self._bytes[record["id"]] = self._bytes.get(record["id"], 0) + growth
             self.lists[record["id"]] = record
         self._changed[record["id"]] = record
         self._removed.discard(record["id"])

@@ -11,6 +11,7 @@ import {
   MAX_BYTES_OF_CONTACT,
   MAX_ITEMS,
   MAX_ITEMS_OF_CONTACT,
+  MAX_LEVELS,
   MAX_LISTS,
   MAX_LISTS_OF_CONTACT,
   Model,
@@ -275,7 +276,8 @@ test("a contact adds so many items to all its lists, and changes what is there",
 test("a contact adds so many bytes to all its lists, and may make them fewer", () => {
   const { model, ids, template } = makeFilled(MAX_ITEMS_OF_CONTACT / 2);
   const { bytes } = model.roomIn(ids);
-  assert.equal(bytes, MAX_BYTES_OF_CONTACT - (MAX_ITEMS_OF_CONTACT / 2) * 204);
+  const ofLists = ids.reduce((sum, id) => sum + 200 + model.lists.get(id).name.length, 0);
+  assert.equal(bytes, MAX_BYTES_OF_CONTACT - (MAX_ITEMS_OF_CONTACT / 2) * 204 - ofLists);
   for (const [left, taken] of [[205, 1], [204, 1], [203, 0]]) {
     const room = { items: 10, bytes: left, refused: 0 };
     const item = { ...template, id: `one-more-${left}` };
@@ -287,6 +289,37 @@ test("a contact adds so many bytes to all its lists, and may make them fewer", (
     const item = { ...known, text, updatedAt: START + 1_000_000 };
     assert.equal(model.merge({ lists: [], items: [item] }, undefined, room).items.length, taken);
   }
+});
+
+test("a contact adds so many bytes of names of lists, and may make them fewer", () => {
+  const { model } = makeDevice("alice");
+  const known = model.addList("Milk");
+  const list = { ...known, name: "Käse", updatedAt: START + 1_000_000 };
+  for (const [left, taken] of [[206, 1], [205, 1], [204, 0]]) {
+    const room = { items: 0, bytes: left, refused: 0 };
+    const lists = [{ ...list, id: `one-more-${left}` }];
+    assert.equal(model.merge({ lists, items: [] }, undefined, room).lists.length, taken);
+    assert.deepEqual([room.bytes, room.refused], [left - taken * 205, 1 - taken]);
+  }
+  for (const [left, name, taken] of [[0, "Käse", 0], [1, "Käse", 1], [0, "Oil", 1]]) {
+    const room = { items: 0, bytes: left, refused: 0 };
+    const { model: other } = makeDevice("bob");
+    other.merge({ lists: [known], items: [] });
+    const lists = [{ ...list, name }];
+    assert.equal(other.merge({ lists, items: [] }, undefined, room).lists.length, taken);
+  }
+});
+
+test("a message has so many levels of arrays and objects, and brackets in text are none", () => {
+  const nested = (levels) => (
+    `{"type":"later","more":${"[".repeat(levels - 1)}"}]"${"]".repeat(levels - 1)}}`);
+  for (const levels of [MAX_LEVELS - 1, MAX_LEVELS]) {
+    assert.equal(readMessage(nested(levels)), null);
+  }
+  assert.throws(() => readMessage(nested(MAX_LEVELS + 1)), TypeError);
+  assert.throws(() => readMessage("[".repeat(65_536)), TypeError);
+  const text = JSON.stringify({ type: "later", text: `"\\${"[{".repeat(MAX_LEVELS)}` });
+  assert.equal(readMessage(text), null);
 });
 
 test("what is forgotten makes room", () => {

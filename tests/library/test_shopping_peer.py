@@ -15,6 +15,7 @@ import pytest
 from apps import APP_URL, SOON_S, Apps, Wire, Wires, make_record, until
 
 from connectoid import Connectoid, ContactRecord, NotConnectedError, Store
+from connectoid.limits import MAX_JSON_LEVELS
 
 NOW_MS = 1_700_000_000_000
 
@@ -273,6 +274,45 @@ def test_contact_who_confirms_is_reached_at_once_the_next_time(home: Home) -> No
         assert home.runner.reached == 3
 
     home.run(steps())
+
+
+@pytest.mark.parametrize(
+    ("levels", "is_read"),
+    [(MAX_JSON_LEVELS - 1, True), (MAX_JSON_LEVELS, True), (MAX_JSON_LEVELS + 1, False)])
+def test_message_has_so_many_levels_of_arrays_and_objects(levels: int, is_read: bool) -> None:
+    more = "[" * (levels - 1) + '"}]"' + "]" * (levels - 1)
+    text = f'{{"type": "later", "more": {more}}}'
+    if is_read:
+        assert peer.read_message(text) is None
+    else:
+        with pytest.raises(ValueError, match="This is not JSON"):
+            peer.read_message(text)
+
+
+@pytest.mark.parametrize(("left", "is_taken"), [(206, True), (205, True), (204, False)])
+def test_contact_adds_so_many_bytes_of_names_of_lists(left: int, is_taken: bool) -> None:
+    room = peer.Room(0, left)
+    named = {**make_list("list-0001"), "name": "Käse"}
+    taken, _ = peer.Lists().merge({"lists": [named], "items": []}, room=room)
+    assert len(taken) == is_taken
+    assert (room.bytes, room.refused) == (left - 205 * is_taken, 1 - is_taken)
+
+
+@pytest.mark.parametrize(
+    ("left", "name", "is_taken"), [(0, "Käse", False), (1, "Käse", True), (0, "Oil", True)])
+def test_contact_may_make_the_bytes_of_a_name_fewer(
+    left: int, name: str, is_taken: bool
+) -> None:
+    lists = peer.Lists()
+    known = {**make_list("list-0001"), "name": "Milk"}
+    lists.merge({"lists": [known], "items": []})
+    before = lists.room_in([known["id"]]).bytes
+    assert before == peer.MAX_BYTES_OF_CONTACT - 204
+    renamed = {**known, "name": name, "updatedAt": NOW_MS + 1}
+    taken, _ = lists.merge({"lists": [renamed], "items": []}, room=peer.Room(0, left))
+    assert len(taken) == is_taken
+    lists.forget([known["id"]])
+    assert lists.room_in([known["id"]]).bytes == peer.MAX_BYTES_OF_CONTACT
 
 
 class StuckWire(Wire):
