@@ -15,6 +15,7 @@ from two_ends import TwoEnds, run_two_ends
 from connectoid.datagrams import (
     MAX_DATAGRAM_BYTES,
     MAX_QUEUED_RECORDS,
+    MAX_ROLE_CONFLICTS,
     NEEDED,
     RECEIVE_BUFFER_BYTES,
     bound_datagrams,
@@ -132,6 +133,39 @@ def test_addresses_that_checks_tell_are_no_more_than_an_sdp_may_have(
     assert alice.protocol.asked == [("192.0.2.2", port) for port in range(1, learned + 1)]
     # Whoever is not asked is not answered: they do not send where nobody would send back.
     assert alice.protocol.answered == alice.protocol.asked
+
+
+class LiarProtocol(FakeProtocol):
+    """A socket that hears of so many conflicts of roles, and then of success."""
+
+    def __init__(self, conflicts: int) -> None:
+        super().__init__()
+        self.conflicts = conflicts
+
+    async def request(self, request: Any, address: tuple[str, int], **_how: Any) -> Any:
+        """Note a check of Alice's, and say that both have the same role."""
+        self.asked.append(address)
+        await asyncio.sleep(0)
+        if len(self.asked) <= self.conflicts:
+            answer = stun.Message(
+                message_method=stun.Method.BINDING, message_class=stun.Class.ERROR)
+            answer.attributes["ERROR-CODE"] = (487, "Role Conflict")
+            raise stun.TransactionFailed(answer)
+        return request, address
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 1_000])
+def test_peer_that_claims_conflicts_of_roles_is_asked_few_times(more: int) -> None:
+    async def play(alice: Alice) -> None:
+        protocol = LiarProtocol(MAX_ROLE_CONFLICTS + more)
+        pair = ice.CandidatePair(protocol, candidate_at(("192.0.2.2", 1)))
+        alice.connection._check_list.append(pair)
+        alice.connection.check_start_task(pair)
+        await pair.task
+        assert len(protocol.asked) == 1 + MAX_ROLE_CONFLICTS + min(more, 0)
+        assert pair.state.name == ("FAILED" if more > 0 else "SUCCEEDED")
+
+    run(play)
 
 
 def test_early_checks_are_bounded_as_well() -> None:
