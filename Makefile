@@ -47,6 +47,17 @@ other-pythons:
 	-sh tests/system/other_pythons.sh sid
 	-sh tests/system/other_pythons.sh sid python3.15
 
+# The quick tests, and two people who pair, with the oldest packages that setup.cfg allows.
+# Pip alone takes some minutes.
+oldest:
+	rm -rf build/oldest
+	$(PYTHON) -m venv build/oldest
+	$(PYTHON) deploy/packaging/oldest.py >build/oldest/constraints.txt
+	build/oldest/bin/pip install --quiet --constraint build/oldest/constraints.txt \
+		'.[dynamodb,test]'
+	build/oldest/bin/python -m pytest -q -m "not slow and not sockets"
+	build/oldest/bin/python tests/system/two_people.py
+
 # What a release has, built into dist/ and checked. A minute.
 packages: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[package]'
@@ -61,4 +72,4 @@ clean:
 		.ruff_cache
 
 .PHONY: bench bench-quick check check-style clean container-test install-test \
-	other-pythons packages quick
+	oldest other-pythons packages quick

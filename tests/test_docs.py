@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import oldest
 import pytest
 import yaml  # type: ignore[import-untyped]
 from harness import ROOT
@@ -120,6 +121,15 @@ def test_places_agree_on_the_oldest_sqlite_and_cryptography() -> None:
     (version,) = re.findall(r"cryptography>=(\d+)", page("setup.cfg"))
     assert f'# dependencies = ["cryptography>={version}"]' in page("connectoid_relay.py")
     assert f"`cryptography` {version} or newer" in page("docs/hosting.md")
+
+
+def test_oldest_packages_are_those_of_all_that_runs_and_tests() -> None:
+    wanted = oldest.read_requirements(page("setup.cfg"))
+    pinned = {oldest.pin(line) for line in wanted}
+    assert {"cryptography==47", "aioice==0.13", "moto==5", "uvloop==0.19"} <= pinned
+    assert len(pinned) == len({line.partition("==")[0] for line in pinned})
+    with pytest.raises(ValueError, match="pytest names no least version"):
+        oldest.pin("pytest")
 
 
 def test_links_between_documents_lead_somewhere() -> None:
