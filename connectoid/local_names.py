@@ -6,6 +6,9 @@ KiB whose names point to each other held up the loop for two seconds. So a datag
 while a name is asked for, and if it is an answer, small, and of few records. Nobody asks for names
 of ours.
 
+A program may hold that port alone. Then no such name is found, and only its candidate is left out:
+with aioice the whole offer failed.
+
 aioice opens this socket on its own, and has no setting for it: its class gets another method, for
 all connections of this process. Another version may have other names: then nothing is bounded.
 """
@@ -13,8 +16,11 @@ all connections of this process. Another version may have other names: then noth
 from __future__ import annotations
 
 import importlib
+import logging
 from struct import Struct
 from typing import Any
+
+log = logging.getLogger("connectoid")
 
 # Of a datagram: those of Ethernet. An answer has some 100.
 MAX_ANSWER_BYTES = 1_500
@@ -29,6 +35,7 @@ IS_ANSWER = 0x8000
 NEEDED = ("datagram_received", "resolve")
 # Where its own method stays.
 TAKE = "_connectoid_take"
+ADD = "_connectoid_add"
 
 
 def is_answer(datagram: bytes) -> bool:
@@ -40,14 +47,26 @@ def is_answer(datagram: bytes) -> bool:
 
 
 def bound_local_names() -> None:
-    """Have aioice read no more than answers to its questions. Idempotent."""
+    """Have aioice read no more than answers to its questions, and do without them. Idempotent."""
     protocol: Any = getattr(importlib.import_module("aioice.mdns"), "MDnsProtocol", None)
     is_known = all(hasattr(protocol, name) for name in NEEDED)
     if is_known and not hasattr(protocol, TAKE):
         setattr(protocol, TAKE, protocol.datagram_received)
         protocol.datagram_received = _datagram_received
+    connection: Any = importlib.import_module("aioice.ice").Connection
+    if hasattr(connection, "add_remote_candidate") and not hasattr(connection, ADD):
+        setattr(connection, ADD, connection.add_remote_candidate)
+        connection.add_remote_candidate = _add_remote_candidate
 
 
 def _datagram_received(protocol: Any, datagram: bytes, address: Any) -> None:
     if getattr(protocol, "queries", None) and is_answer(datagram):
         getattr(protocol, TAKE)(datagram, address)
+
+
+async def _add_remote_candidate(connection: Any, candidate: Any) -> None:
+    """Add a candidate, unless there is no socket to ask for its name with."""
+    try:
+        await getattr(connection, ADD)(candidate)
+    except OSError as error:
+        log.info("A candidate is left out: %s", error)

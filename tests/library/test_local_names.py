@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from struct import pack
 from typing import Any
 
@@ -137,3 +138,30 @@ def test_aioice_has_what_is_replaced_and_another_version_is_left_alone(
     assert all(hasattr(mdns.MDnsProtocol, name) for name in NEEDED)
     monkeypatch.setattr(mdns, "MDnsProtocol", object)
     bound_local_names()
+
+
+# aioice leaves the socket that it cannot bind to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_name_that_cannot_be_asked_for_costs_its_candidate_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another program holds the port of multicast DNS for itself."""
+    ice = pytest.importorskip("aioice.ice")
+    text = "1 1 udp 2122260223 {} 9 typ host"
+    hidden, plain = (
+        ice.Candidate.from_sdp(text.format(host)) for host in (NAME, BOB))
+
+    async def main() -> list[str]:
+        bound_local_names()
+        bound_local_names()
+        connection = ice.Connection(ice_controlling=True)
+        for candidate in (hidden, plain, None):
+            await connection.add_remote_candidate(candidate)
+        hosts = [candidate.host for candidate in connection.remote_candidates]
+        await connection.close()
+        return hosts
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
+        holder.bind(("", 0))
+        monkeypatch.setattr(mdns, "MDNS_PORT", holder.getsockname()[1])
+        assert asyncio.run(main()) == [BOB]
