@@ -43,6 +43,8 @@ const MAX_REFUSED = 20;
 // As in peer.py: before a contact is reached again whose last connections, one, two and more, have
 // brought it less than all changes.
 const PAUSES_MS = [0, 60_000, 300_000, 1_800_000];
+// As in the library: how often a contact can have the user told that something was not taken.
+const TELL_EVERY_MS = 3_600_000;
 // Events that are no step of connecting: anybody with the link can cause some of them. What was
 // refused is counted, and the rest is in the record.
 const ASIDE = new Set(["refused", "opened_twice", "renewed", "contact_renewed", "copied"]);
@@ -75,8 +77,12 @@ export class Sync {
    * @param {{relayOnly: boolean, askFirst: boolean}} parts.privacy what others may learn
    * @param {() => void} parts.onChange something is to be drawn anew
    * @param {(words: string) => void} parts.onNews a sentence for the user, once
+   * @param {() => number} [parts.nowMs] since some moment; never set back
    */
-  constructor({ model, write, load, appUrl, iceServers, privacy, onChange, onNews }) {
+  constructor({
+    model, write, load, appUrl, iceServers, privacy, onChange, onNews,
+    nowMs = () => performance.now(),
+  }) {
     this._trouble = "";
     // Whether a relay of this side did when it was last asked.
     /** @type {Map<string, boolean>} */
@@ -93,6 +99,10 @@ export class Sync {
     this._privacy = privacy;
     this._onChange = onChange;
     this._onNews = onNews;
+    this._nowMs = nowMs;
+    // When it was last told that something of a contact was not taken.
+    /** @type {Map<string, number>} */
+    this._toldAt = new Map();
     /** @type {Map<string, Session>} */
     this._sessions = new Map();
     // Of connecting.
@@ -492,9 +502,7 @@ export class Sync {
     for (const { id: list } of changes.lists) {
       if (!this._model.lists.has(list)) [lists, theirs].forEach((set) => set.delete(list));
     }
-    if (room.refused) {
-      this._onNews(`${person.nickname} shares what is not taken here: some items are missing.`);
-    }
+    if (room.refused) this._tellRefused(person);
     if (lists.size > person.lists.length) {
       await this._update(id, { lists: [...lists], theirs: [...theirs] });
     }
@@ -504,6 +512,13 @@ export class Sync {
       this._onChange();
     }
     return room.refused;
+  }
+
+  /** @param {Person} person some of whose lists and items were not taken */
+  _tellRefused({ id, nickname }) {
+    if (this._nowMs() - (this._toldAt.get(id) ?? -Infinity) < TELL_EVERY_MS) return;
+    this._toldAt.set(id, this._nowMs());
+    this._onNews(`${nickname} shares what is not taken here: some items are missing.`);
   }
 
   /**

@@ -194,28 +194,41 @@ export async function attempt(work) {
 
 let toastTimer = 0;
 const TOAST_MS = 7_000;
+// What is said once the button that is there has gone: nobody else takes an Undo away.
+let waiting = "";
 
 /**
- * Say something for a while, with a button to act on it.
+ * Say something for a while, with a button to act on it; without one, after one that is there.
  * @param {string} words
  * @param {string} [label]
  * @param {() => void} [act]
  */
 export function toast(words, label = "", act = () => {}) {
+  if (!label && part("toast").querySelector("button")) {
+    waiting = words;
+    return;
+  }
   const button = make("button", {
     type: "button",
     textContent: label,
     onclick: () => {
-      hush();
+      sayNext();
       attempt(act);
     },
   });
   part("toast").replaceChildren(make("p", {}, words), ...(label ? [button] : []));
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(hush, TOAST_MS);
+  toastTimer = setTimeout(sayNext, TOAST_MS);
+}
+
+function sayNext() {
+  const words = waiting;
+  hush();
+  if (words) toast(words);
 }
 
 /** Take back what is said: it no longer holds. */
 export function hush() {
+  waiting = "";
   part("toast").replaceChildren();
 }

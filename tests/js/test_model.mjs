@@ -518,11 +518,19 @@ test("networks that do not connect are told with the time of the next attempt", 
   assert.match(says({ againAt }), /No relay takes/);
 });
 
-/** A page with one person, and what it sends on a channel. */
+/** A page with one person, what it sends on a channel, and what it says to its user. */
 function makePage() {
   const { model } = makeDevice("alice");
+  const news = [];
+  const clock = { nowMs: 0 };
   const sync = new Sync({
-    model, write: async () => {}, load: async () => [], appUrl: "", onChange() {}, onNews() {},
+    model,
+    write: async () => {},
+    load: async () => [],
+    appUrl: "",
+    onChange() {},
+    onNews: (words) => news.push(words),
+    nowMs: () => clock.nowMs,
   });
   const sent = [];
   const channel = { send: async (text) => sent.push(JSON.parse(text)), close() {} };
@@ -536,7 +544,7 @@ function makePage() {
     clearTimeout(session.timer);
     return sync._people.get("bob");
   };
-  return { model, sync, session, sent, hear };
+  return { model, sync, session, sent, hear, news, clock };
 }
 
 test("what finds no room is said to the sender, who does not call it synced", async () => {
@@ -657,4 +665,20 @@ test("what others say is drawn once in a while, and what the user does at once",
   after(1_000, 3);
   soon();
   after(0, 4);
+});
+
+test("that something is not taken is told once in an hour", async () => {
+  const { hear, news, clock } = makePage();
+  const item = {
+    id: "item-bob-0001", list: "list-unknown", text: "Milk", quantity: "", done: false,
+    updatedAt: START, by: "device-bob", deleted: false,
+  };
+  const hour = 3_600_000;
+  for (const [number, [nowMs, told]] of [
+    [0, 1], [0, 1], [hour - 1, 1], [hour, 2], [hour + 1, 2],
+  ].entries()) {
+    clock.nowMs = nowMs;
+    await hear({ type: "changes", number: number + 1, lists: [], items: [item] });
+    assert.equal(news.length, told);
+  }
 });

@@ -1298,6 +1298,21 @@ def test_an_item_takes_neither_the_place_of_another_part_nor_the_time_of_other_i
 
 @browser_test
 @pytest.mark.slow
+def test_undo_stays_whatever_is_to_be_said(make_user: UserMaker) -> None:
+    alice = make_user()
+    alice.make_list("Groceries")
+    alice.add("Tomatoes")
+    alice.page.click("[aria-label='Change Tomatoes']")
+    alice.page.click("#item-delete")
+    alice.page.evaluate("import('./ui.js').then(({ toast }) => toast('Bob is there.'))")
+    alice.sees("Tomatoes is deleted", "#toast")
+    alice.page.click("#toast button")
+    alice.sees("Tomatoes")
+    alice.sees("Bob is there.", "#toast")
+
+
+@browser_test
+@pytest.mark.slow
 def test_dialog_is_about_the_list_that_it_names_whatever_a_contact_does_meanwhile(
     pair: tuple[User, User],
 ) -> None:
