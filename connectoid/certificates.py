@@ -3,13 +3,15 @@
 The fingerprint in the SDP is that of one certificate, and nothing else decides. But OpenSSL also
 verifies all that come with it, and aiortc then takes the handshake whatever came of that. A hundred
 KB of certificates with large exponents held up the event loop for nearly two seconds. So none is
-looked for behind the first.
+looked for behind the first. Nor is a second handshake made, of which a contact could ask for
+thousands.
 
 aiortc has no setting for it. Another version may have other names: then all are verified.
 """
 
 from __future__ import annotations
 
+from ssl import OP_NO_RENEGOTIATION
 from typing import Any
 
 # Certificates behind the first one.
@@ -29,6 +31,7 @@ def verify_no_chain(transport: Any) -> None:
     def create_ssl_context(*profiles: Any, **named_profiles: Any) -> Any:
         context = make_context(*profiles, **named_profiles)
         context.set_verify_depth(VERIFY_DEPTH)
+        context.set_options(OP_NO_RENEGOTIATION)
         return context
 
     certificate._create_ssl_context = create_ssl_context

@@ -104,5 +104,10 @@ def test_chain_of_a_contact_is_not_verified_and_the_handshake_is_made() -> None:
     assert max(greet(asyncio.run(own_context(is_bound=False)))) == CHAIN - 1
 
 
+def test_no_second_handshake_is_made() -> None:
+    assert asyncio.run(own_context(is_bound=True)).set_options(0) & SSL.OP_NO_RENEGOTIATION
+    assert not asyncio.run(own_context(is_bound=False)).set_options(0) & SSL.OP_NO_RENEGOTIATION
+
+
 def test_another_aiortc_is_left_as_it_is() -> None:
     verify_no_chain(object())
