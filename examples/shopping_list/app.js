@@ -80,7 +80,7 @@ let chosen = "";
 let isDrawn = false;
 const keeper = new Keeper(
   (words) => notify("storage", words),
-  (changes) => takeFromTab(changes),
+  (changes, gone) => takeFromTab(changes, gone),
 );
 
 // ---------------------------------------------------------------------------------------
@@ -125,6 +125,11 @@ async function beginSync() {
       privacy: privacy(),
       onChange: drawSoon,
       onNews: (words) => toast(words),
+      onDeleted: (id, words) => {
+        // Closed once, it is news again.
+        dismissed.delete(words);
+        notify(`deleted by ${id}`, words);
+      },
       load: async () => (await keeper.load()).contacts,
       write: (put, remove) => keeper.write(put, remove),
     });
@@ -155,10 +160,12 @@ async function beginOffline() {
 /**
  * Another tab has changed something.
  * @param {import("./model.js").Changes} changes
+ * @param {string[]} gone lists that are no longer kept
  */
-function takeFromTab(changes) {
+function takeFromTab(changes, gone) {
   if (!model) return;
   sync?.changed(model.merge(changes));
+  model.forget(gone);
   drawSoon();
 }
 

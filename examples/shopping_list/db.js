@@ -29,11 +29,17 @@ function abort(transaction) {
   }
 }
 
+// Of what is to be kept, and not of the browser that keeps it.
+const FAULTS = new Set(["DataError", "DataCloneError"]);
+
 /**
  * A sentence for the user.
  * @param {any} error
  */
 function wordsFor(error) {
+  if (FAULTS.has(error?.name)) {
+    return "What you changed last could not be kept. Load this page again, then change it again.";
+  }
   return error?.name === "QuotaExceededError"
     ? "The storage of this browser is full. What you changed last is in this tab only: "
         + "free some space, then change it again."
@@ -44,14 +50,23 @@ function wordsFor(error) {
 export class Keeper {
   /**
    * @param {(words: string) => void} onProblem is called when something could not be kept
-   * @param {(changes: Changes) => void} onElsewhere is called with what another tab has changed
+   * @param {(changes: Changes, gone: string[]) => void} onElsewhere is called with what another tab
+   *   has changed, and the lists that it no longer keeps
    */
   constructor(onProblem, onElsewhere) {
     this._onProblem = onProblem;
     /** @type {IDBDatabase | null} */
     this._db = null;
     this._tabs = new BroadcastChannel("shopping_list");
-    this._tabs.onmessage = ({ data }) => data.lists && data.items && onElsewhere(data);
+    this._tabs.onmessage = ({ data: { lists, items, gone = [] } }) => {
+      if (lists && items) onElsewhere({ lists, items }, gone);
+    };
+  }
+
+  /** Tell other tabs nothing any more, and hear nothing of them. */
+  close() {
+    this._tabs.close();
+    this._db?.close();
   }
 
   /** Open the database; without one everything works until the tab is closed. */
@@ -96,7 +111,10 @@ export class Keeper {
         transaction.onabort = () => reject(transaction.error);
       });
       const { lists = [], items = [] } = put;
-      if (lists.length || items.length) this._tabs.postMessage({ lists, items });
+      const { lists: gone = [] } = remove;
+      if (lists.length || items.length || gone.length) {
+        this._tabs.postMessage({ lists, items, gone });
+      }
     } catch (error) {
       abort(transaction);
       this._onProblem(wordsFor(error));

@@ -26,7 +26,7 @@ import {
   shown,
 } from "./lib.js";
 import { MAX_LISTS_OF_CONTACT, randomId, readMessage, writeChanges } from "./model.js";
-import { renewedOf, standingOf } from "./words.js";
+import { MAX_NAMED, deletionOf, renewedOf, standingOf } from "./words.js";
 
 // As peer.py has it: no other app opens the links of a shopping list.
 const APP = "connectoid.shopping-list";
@@ -56,7 +56,8 @@ const WARNINGS = new Set(["flooded", "needs_newer_app"]);
 /**
  * What is kept of a contact here; keys and the like are Connectoid's. `lists` are shared with it,
  * those in `theirs` came from it. `pending` is true while it lacks a change. `syncedAt` is when
- * it last had all, `lacking` the number of lists and items that it has not taken.
+ * it last had all, `lacking` the number of lists and items that it has not taken. `deleted` is true
+ * once it had its lists deleted here, until it shares others.
  * @typedef {{id: string, nickname: string, lists: string[], theirs: string[], pending: boolean,
  *   syncedAt: number, lacking?: number, deleted: boolean}} Person
  * @typedef {{channel: any, number: number, acknowledged: number, refused: number,
@@ -77,10 +78,12 @@ export class Sync {
    * @param {{relayOnly: boolean, askFirst: boolean}} parts.privacy what others may learn
    * @param {() => void} parts.onChange something is to be drawn anew
    * @param {(words: string) => void} parts.onNews a sentence for the user, once
+   * @param {(id: string, words: string) => void} parts.onDeleted a sentence for the user that
+   *   stays: a contact had lists deleted here. It replaces the last one of that contact
    * @param {() => number} [parts.nowMs] since some moment; never set back
    */
   constructor({
-    model, write, load, appUrl, iceServers, privacy, onChange, onNews,
+    model, write, load, appUrl, iceServers, privacy, onChange, onNews, onDeleted,
     nowMs = () => performance.now(),
   }) {
     this._trouble = "";
@@ -99,6 +102,10 @@ export class Sync {
     this._privacy = privacy;
     this._onChange = onChange;
     this._onNews = onNews;
+    this._onDeleted = onDeleted;
+    // What contacts had deleted here since the page was loaded.
+    /** @type {Map<string, {names: string[], count: number}>} */
+    this._deletions = new Map();
     this._nowMs = nowMs;
     // When it was last told that something of a contact was not taken.
     /** @type {Map<string, number>} */
@@ -504,7 +511,7 @@ export class Sync {
     }
     if (room.refused) this._tellRefused(person);
     if (lists.size > person.lists.length) {
-      await this._update(id, { lists: [...lists], theirs: [...theirs] });
+      await this._update(id, { lists: [...lists], theirs: [...theirs], deleted: false });
     }
     if (merged.lists.length + merged.items.length > 0) {
       await this._write({ lists: merged.lists, items: merged.items });
@@ -600,10 +607,29 @@ export class Sync {
    * @param {string} id
    */
   async _obey(id) {
+    const { deleted } = this._person(id);
+    const before = new Map(this._model.openLists().map((list) => [list.id, list.name]));
     const removed = this._forgetListsOf(id);
+    const names = removed.lists.flatMap((list) => before.get(list) ?? []);
+    if (names.length) this._tellDeleted(id, names);
     // Somebody else may bring a list of that id later: it is not this contact's to see.
     const lists = this._person(id).lists.filter((list) => !removed.lists.includes(list));
-    await this._update(id, { deleted: true, lists, theirs: [] }, removed);
+    const isDeleted = deleted || names.length > 0;
+    await this._update(id, { deleted: isDeleted, lists, theirs: [] }, removed);
+  }
+
+  /**
+   * @param {string} id
+   * @param {string[]} names of lists
+   */
+  _tellDeleted(id, names) {
+    const former = this._deletions.get(id) ?? { names: [], count: 0 };
+    const all = {
+      names: [...former.names, ...names].slice(0, MAX_NAMED),
+      count: former.count + names.length,
+    };
+    this._deletions.set(id, all);
+    this._onDeleted(id, deletionOf(this._person(id).nickname, all.names, all.count));
   }
 
   /** A page that slept for long may have missed what relays keep for an hour. */

@@ -182,6 +182,21 @@ export function renewedOf(nickname) {
     + "device.";
 }
 
+// Of the lists that a contact had deleted, how many are named.
+export const MAX_NAMED = 3;
+
+/**
+ * Return what is said once a contact's app had lists deleted here.
+ * @param {string} nickname
+ * @param {string[]} names of the first of them
+ * @param {number} count of all
+ */
+export function deletionOf(nickname, names, count) {
+  const more = count > names.length ? ` and ${counted(count - names.length, "more list")}` : "";
+  return `${nickname}'s app has asked to delete what ${nickname} had shared with you. `
+    + `Deleted here: ${names.join(", ")}${more}.`;
+}
+
 /**
  * Return what is said of messages that were refused.
  * @param {number} count

@@ -20,6 +20,7 @@ import {
   tidy,
   writeChanges,
 } from "../../examples/shopping_list/model.js";
+import { Keeper } from "../../examples/shopping_list/db.js";
 import { Sync } from "../../examples/shopping_list/sync.js";
 import { paced } from "../../examples/shopping_list/ui.js";
 import { standingOf } from "../../examples/shopping_list/words.js";
@@ -521,7 +522,7 @@ test("networks that do not connect are told with the time of the next attempt", 
 /** A page with one person, what it sends on a channel, and what it says to its user. */
 function makePage() {
   const { model } = makeDevice("alice");
-  const news = [];
+  const [news, deletions] = [[], []];
   const clock = { nowMs: 0 };
   const sync = new Sync({
     model,
@@ -530,6 +531,7 @@ function makePage() {
     appUrl: "",
     onChange() {},
     onNews: (words) => news.push(words),
+    onDeleted: (id, words) => deletions.push(words),
     nowMs: () => clock.nowMs,
   });
   const sent = [];
@@ -544,7 +546,7 @@ function makePage() {
     clearTimeout(session.timer);
     return sync._people.get("bob");
   };
-  return { model, sync, session, sent, hear, news, clock };
+  return { model, sync, session, sent, hear, news, deletions, clock };
 }
 
 test("what finds no room is said to the sender, who does not call it synced", async () => {
@@ -680,5 +682,71 @@ test("that something is not taken is told once in an hour", async () => {
     clock.nowMs = nowMs;
     await hear({ type: "changes", number: number + 1, lists: [], items: [item] });
     assert.equal(news.length, told);
+  }
+});
+
+test("what a contact has deleted here is told, by name", async () => {
+  const { model, hear, deletions } = makePage();
+  let number = 0;
+  const share = (...names) => hear({
+    type: "changes",
+    number: (number += 1),
+    lists: names.map((name) => ({ ...listOfBob(`list-${name}`), name })),
+    items: [],
+  });
+  const bye = () => hear({ type: "bye", number: (number += 1), delete: true });
+  // Nothing was shared.
+  assert.equal((await bye()).deleted, false);
+  assert.deepEqual(deletions, []);
+  const own = model.addList("Groceries");
+  await share("Party", "Garden");
+  assert.equal((await bye()).deleted, true);
+  assert.deepEqual([...model.lists.keys()], [own.id]);
+  const asked = "Bob's app has asked to delete what Bob had shared with you. Deleted here: ";
+  assert.equal(deletions.at(-1), `${asked}Party, Garden.`);
+  // It says "the lists were deleted here" of what is here no longer.
+  assert.equal((await share("Attic-01")).deleted, false);
+  await bye();
+  assert.equal(deletions.at(-1), `${asked}Party, Garden, Attic-01.`);
+  await share("Cellar-1");
+  await bye();
+  assert.equal(deletions.at(-1), `${asked}Party, Garden, Attic-01 and 1 more list.`);
+});
+
+/** A keeper whose database is one of a test's choice. */
+function makeKeeper(t, put = () => {}) {
+  const problems = [];
+  const heard = [];
+  const keeper = new Keeper((words) => problems.push(words), (...news) => heard.push(news));
+  const transaction = () => {
+    const one = { objectStore: () => ({ put, delete() {} }), abort() {} };
+    setImmediate(() => one.oncomplete?.());
+    return one;
+  };
+  keeper._db = { transaction, close() {} };
+  t.after(() => keeper.close());
+  return { keeper, problems, heard };
+}
+
+test("other tabs hear which lists are gone", async (t) => {
+  const [here, there] = [makeKeeper(t), makeKeeper(t)];
+  const heard = new Promise((resolve) => {
+    there.keeper._tabs.addEventListener("message", resolve);
+  });
+  await here.keeper.write({}, { lists: ["list-bob-0001"], items: ["item-bob-0001"] });
+  await heard;
+  assert.deepEqual(there.heard, [[{ lists: [], items: [] }, ["list-bob-0001"]]]);
+});
+
+test("the browser is blamed for what its storage does, and for nothing else", async (t) => {
+  for (const [name, words] of [
+    ["QuotaExceededError", /^The storage of this browser is full/],
+    ["UnknownError", /^This browser keeps nothing/],
+    ["DataError", /^What you changed last could not be kept/],
+    ["DataCloneError", /^What you changed last could not be kept/],
+  ]) {
+    const { keeper, problems } = makeKeeper(t, () => { throw new DOMException("", name); });
+    await keeper.write({ items: [{}] });
+    assert.match(problems.join(), words);
   }
 });
