@@ -221,9 +221,22 @@ class TunnelResponse(BoundedResponse):
 
 
 class BoundedConnector(aiohttp.TCPConnector):
-    """Have what a proxy says to CONNECT bounded as well: aiohttp reads it by its own class."""
+    """Bound what is before and after the exchanges on a connection."""
+
+    def _release(self, key: Any, protocol: Any, *, should_close: bool = False) -> None:
+        """Keep a connection for the next request, or end it at once.
+
+        Over TLS aiohttp would wait for a goodbye of the relay, which says none while it holds a
+        reply back. Such a connection outlasted its transport, and the loop.
+        """
+        transport = protocol.transport
+        is_over = self._force_close or should_close or protocol.should_close
+        if is_over and transport is not None and not transport.is_closing():
+            transport.abort()
+        super()._release(key, protocol, should_close=should_close)
 
     def _update_proxy_auth_header_and_build_proxy_req(self, req: Any) -> Any:
+        """Have what a proxy says to CONNECT bounded as well: aiohttp reads it by its own class."""
         to_proxy = super()._update_proxy_auth_header_and_build_proxy_req(req)
         to_proxy.response_class = TunnelResponse
         return to_proxy

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 SOCKET_ROOMS = (
     "tests/js/",
     "tests/library/test_asyncio.py",
+    "tests/library/test_behind_a_proxy.py",
     "tests/library/test_certificates.py",
     "tests/library/test_cli.py",
     "tests/library/test_closing.py",

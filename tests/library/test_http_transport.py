@@ -53,6 +53,8 @@ from connectoid.thrifty_tls import make_context
 from connectoid_relay import Relay, load_tls
 
 ANSWER = {"ok": True, "from": "the fake"}
+# A name that nobody but a proxy finds.
+PROXIED_HOST = "relay.invalid"
 
 
 async def ask(url: str, ca_file: str | None = None) -> object:
@@ -370,15 +372,19 @@ def certificate(tmp_path: Path) -> Path:
 
 
 def make_certificate(folder: Path, begins: int, ends: int) -> Path:
-    """Return such a file; the certificate is valid from and until so many days from now."""
+    """Return such a file; the certificate is valid from and until so many days from now.
+
+    It is for a host behind a proxy too.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
     today = datetime.datetime.now(datetime.UTC)
-    host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    hosts = x509.SubjectAlternativeName([
+        x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName(PROXIED_HOST)])
     builder = x509.CertificateBuilder(
         name, name, key.public_key(), x509.random_serial_number(),
         today + datetime.timedelta(days=begins), today + datetime.timedelta(days=ends))
-    signed = builder.add_extension(host, critical=False).sign(key, hashes.SHA256())
+    signed = builder.add_extension(hosts, critical=False).sign(key, hashes.SHA256())
     path = folder / "certificate.pem"
     path.write_bytes(
         signed.public_bytes(Encoding.PEM)
@@ -395,9 +401,12 @@ def test_relay_is_asked_through_a_tunnel_of_a_proxy(
     """A few interim replies may come before it."""
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while octets := await reader.read(65_536):
-            writer.write(octets)
-        writer.close()
+        try:
+            with contextlib.suppress(ConnectionError):
+                while octets := await reader.read(65_536):
+                    writer.write(octets)
+        finally:
+            writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode().split(":")
