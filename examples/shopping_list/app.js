@@ -76,6 +76,8 @@ let current = "";
 // The id of the list, item or contact that a dialog is about. Others may change what is shown while
 // it is open.
 let chosen = "";
+// The id of the list to which the user has begun to add something; "" for the one that is shown.
+let typedFor = "";
 // Whatever arrives from now on is news.
 let isDrawn = false;
 const keeper = new Keeper(
@@ -194,6 +196,7 @@ async function setSetting(id, value) {
 function show(id) {
   const lists = model.openLists();
   current = lists.find((list) => list.id === id)?.id ?? lists[0]?.id ?? "";
+  typedFor = "";
   if (current !== settings.list) setSetting("list", current);
 }
 
@@ -232,9 +235,13 @@ function openList(id) {
 
 function addItem() {
   const [text, quantity] = [part("add-text"), part("add-quantity")];
+  // A contact may have deleted that list meanwhile. Who adds it once more means the one that is
+  // shown now.
+  const list = typedFor || current;
+  typedFor = "";
   try {
     const item = model.addItem(
-      current,
+      openList(list).id,
       required(text.value, MAX_TEXT_CHARS),
       tidy(quantity.value, MAX_QUANTITY_CHARS),
     );
@@ -288,7 +295,12 @@ const { soon: drawSoon, now: draw } = paced(drawAll, DRAW_PAUSE_MS);
 
 function drawAll() {
   if (!model) return;
-  if (!model.lists.get(current) || model.lists.get(current)?.deleted) show("");
+  if (!model.lists.get(current) || model.lists.get(current)?.deleted) {
+    // What is typed was not for the list that is shown now.
+    const former = typedFor;
+    show("");
+    typedFor = former;
+  }
   drawLists();
   drawList();
   drawPeople();
@@ -1058,6 +1070,9 @@ function connectParts() {
   for (const [id, act] of Object.entries(clicks)) {
     part(id).addEventListener("click", () => attempt(act));
   }
+  part("add").addEventListener("input", () => {
+    typedFor = current;
+  });
   part("add").addEventListener("submit", (/** @type {Event} */ event) => {
     event.preventDefault();
     addItem();

@@ -1353,6 +1353,18 @@ def test_dialog_is_about_the_list_that_it_names_whatever_a_contact_does_meanwhil
     alice.page.click("#name-delete")
     alice.sees("This list is no longer here", "#toast")
     alice.sees("Presents", "#lists")
+    # Nor does what was typed for it get onto another list.
+    bob.page.click("#toast button")
+    alice.page.click("#lists button:has-text('Groceries')")
+    alice.page.fill("#add-text", "Bread")
+    bob.page.click("#edit-list")
+    bob.page.click("#name-delete")
+    alice.sees_no("Groceries", "#lists")
+    alice.page.press("#add-text", "Enter")
+    alice.sees("This list is no longer here", "#toast")
+    alice.sees("Nothing to buy", "#list")
+    alice.page.press("#add-text", "Enter")
+    alice.sees("Bread")
 
 
 @browser_test
