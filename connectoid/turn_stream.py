@@ -34,6 +34,7 @@ STUN_HEADER_BYTES = 20
 # The first octet of ChannelData: RFC 8656, section 12.
 CHANNEL_DATA = range(64, 80)
 
+NEEDED = ("data_received", "datagram_received")
 STREAM = "_connectoid_stream"
 READ = "_connectoid_read"
 
@@ -101,7 +102,7 @@ def bound_turn_streams() -> None:
         setattr(messages, READ, messages.datagram_received)
         messages.datagram_received = _datagram_received
     protocol: Any = getattr(turn, "TurnClientTcpProtocol", None)
-    if hasattr(protocol, "data_received") and hasattr(protocol, "datagram_received"):
+    if all(hasattr(protocol, name) for name in NEEDED):
         protocol.data_received = _data_received
 
 

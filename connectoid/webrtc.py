@@ -16,6 +16,7 @@ from connectoid.consent import Consent, keep_consent
 from connectoid.datagrams import bound_datagrams
 from connectoid.errors import UsageError
 from connectoid.gathering import IceServer, ServerNames, gather_in_time, read_server
+from connectoid.guards import warning_about
 from connectoid.ice import Ice
 from connectoid.local_names import bound_local_names
 from connectoid.reassembly import CHANNEL_LABEL, bound_association
@@ -264,7 +265,11 @@ class AiortcAdapter:
     def _prepare(self, contact: int, peer: Peer, ice: Ice) -> None:
         """Have aiortc do what it has no setting for, before it gathers."""
         report = functools.partial(self._report, contact)
+        warn = functools.partial(report, "trouble", peer.attempt_id)
         sctp = peer.connection.sctp
+        unguarded = warning_about(sctp)
+        if unguarded:
+            warn(unguarded)
         refuse = functools.partial(self._refuse, contact, peer)
         guard_sctp(sctp, refuse)
         refuse_size = functools.partial(self._refuse, contact, peer, "too_large")
@@ -272,7 +277,6 @@ class AiortcAdapter:
         recover_soon(sctp)
         verify_no_chain(sctp.transport)
         connection = sctp.transport.transport._connection
-        warn = functools.partial(report, "trouble", peer.attempt_id)
         look_up = functools.partial(self._names.addresses_of, contact)
         gather_in_time(
             connection, _usable(ice.servers, warn), look_up, warn, relay_only=ice.relay_only)

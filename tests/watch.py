@@ -41,6 +41,7 @@ SOCKET_ROOMS = (
     "tests/library/test_fuzz_readers.py",
     "tests/library/test_fuzz_runner.py",
     "tests/library/test_gathering.py",
+    "tests/library/test_guards.py",
     "tests/library/test_hostile_counterparts.py",
     "tests/library/test_hostile_webrtc.py",
     "tests/library/test_http_transport.py",
