@@ -148,6 +148,8 @@ start() {
         systemctl stop "$service" "$socket"
         systemctl start "$socket"
     fi
+    # Starts that failed, or were many, do not count against this one.
+    systemctl reset-failed "$service" 2>/dev/null || true
     if ! systemctl "$([ -e "$changed" ] && echo restart || echo start)" "$service"; then
         journalctl -u "$service" -n 5 -o cat --no-pager >&2
         see="its flags are in $settings/relay.env, its log is journalctl -u connectoid-relay"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Try install.sh, and then the commands of docs/hosting.md, in a clean Debian 12:
-# install_test.sh [--chroot] [FOLDER], or `make install-test`.
+# Try install.sh, and then the commands of docs/hosting.md, in a clean Debian 12, or another SUITE
+# such as trixie: install_test.sh [--chroot] [--suite SUITE] [FOLDER], or `make install-test`.
 #
 # debootstrap makes the Debian, and systemd-nspawn boots it with systemd. Where that does not work,
 # or with --chroot, install.sh is tried in a chroot, in which nothing starts by itself, and the
@@ -21,6 +21,7 @@ fail() {
 make_root() {
     # shellcheck disable=SC2016
     format='$(REPO_URI) $(RELEASE) $(COMPONENT)'
+    # Another suite is on the mirror of this one.
     mirror=$(apt-get indextargets --format "$format" 'Created-By: Packages' |
         sed -n 's/ bookworm main$//p' | head -n 1)
     [ "$mirror" ] || fail 'apt knows no Debian 12 (bookworm, main) here'
@@ -30,7 +31,7 @@ make_root() {
     [ -z "${https_proxy:-}" ] || export https_proxy
     rm -rf "$1.part"
     packages=ca-certificates,curl,python3,systemd,systemd-sysv
-    debootstrap --variant=minbase --include="$packages" bookworm "$1.part" "$mirror" \
+    debootstrap --variant=minbase --include="$packages" "$suite" "$1.part" "$mirror" \
         >"$folder/debootstrap.log" 2>&1 ||
         fail "debootstrap: $(tail -n 3 "$folder/debootstrap.log")"
     mv "$1.part" "$1"
@@ -186,7 +187,7 @@ run_apart() {
     $apart true 2>/dev/null || apart=''
     # shellcheck disable=SC2086
     setsid setpriv --pdeathsig KILL $apart timeout --kill-after=5 "$longest_s" \
-        sh "$0" --within "$folder" "$boots" "$kept" &
+        sh "$0" --within "$folder" "$suite" "$boots" "$kept" &
     running=$!
     wait "$running"
 }
@@ -212,13 +213,18 @@ clean_up() {
 
 [ "$(id -u)" = 0 ] || fail "only root can do this"
 if [ "${1:-}" = --within ]; then
-    folder=$2 boots=$3 kept=$4
+    folder=$2 suite=$3 boots=$4 kept=$5
     try
 fi
 boots=yes
 if [ "${1:-}" = --chroot ]; then
     boots=''
     shift
+fi
+suite=bookworm
+if [ "${1:-}" = --suite ]; then
+    suite=${2:?name a suite of Debian, such as trixie}
+    shift 2
 fi
 kept=${1:-}
 run_apart
