@@ -1311,20 +1311,29 @@ def test_undo_stays_whatever_is_to_be_said(make_user: UserMaker) -> None:
     alice.sees("Bob is there.", "#toast")
 
 
-@browser_test
-@pytest.mark.slow
-def test_dialog_is_about_the_list_that_it_names_whatever_a_contact_does_meanwhile(
-    pair: tuple[User, User],
-) -> None:
-    alice, bob = pair
+def delete_groceries(bob: User, alice: User) -> None:
+    """Let Bob delete the list, for both."""
+    bob.page.click("#edit-list")
+    bob.page.click("#name-delete")
+    alice.sees_no("Groceries", "#lists")
+
+
+def make_another(alice: User) -> None:
+    """Give Alice a second list, and show the first."""
     alice.page.click("#new-list")
     alice.page.fill("#name-text", "Presents")
     alice.page.click("#name-form [type=submit]")
     alice.page.click("#lists button:has-text('Groceries')")
+
+
+@browser_test
+@pytest.mark.slow
+def test_list_that_is_shared_is_the_one_that_the_dialog_names(pair: tuple[User, User]) -> None:
+    """Whatever a contact does meanwhile."""
+    alice, bob = pair
+    make_another(alice)
     alice.page.click("#share")
-    bob.page.click("#edit-list")
-    bob.page.click("#name-delete")
-    alice.sees_no("Groceries", "#lists")
+    delete_groceries(bob, alice)
     bob.page.click("#toast button")
     alice.sees("Groceries", "#lists")
     alice.page.fill("#share-name", "Carol")
@@ -1332,34 +1341,34 @@ def test_dialog_is_about_the_list_that_it_names_whatever_a_contact_does_meanwhil
     alice.page.wait_for_selector("#share-url", state="visible")
     alice.page.click("#share-dialog .corner button")
     alice.sees("Groceries", "#people li:has-text('Carol')")
-    # The same with a list that stays deleted: nothing else is shared, renamed or deleted.
+    # The same with a list that stays deleted.
     alice.page.click("#lists button:has-text('Groceries')")
     alice.page.click("#share")
-    bob.page.click("#edit-list")
-    bob.page.click("#name-delete")
-    alice.sees_no("Groceries", "#lists")
+    delete_groceries(bob, alice)
     alice.page.fill("#share-name", "Dave")
     alice.page.click("#share-form [type=submit]")
     alice.sees("This list is no longer here", "#share-error")
-    alice.page.keyboard.press("Escape")
-    bob.page.click("#toast button")
-    alice.page.click("#lists button:has-text('Groceries')")
+
+
+@browser_test
+@pytest.mark.slow
+def test_list_that_a_contact_deletes_passes_nothing_on_to_another(
+    pair: tuple[User, User],
+) -> None:
+    """Neither a name, nor its deletion, nor what was typed for it."""
+    alice, bob = pair
+    make_another(alice)
     alice.page.click("#edit-list")
-    bob.page.click("#edit-list")
-    bob.page.click("#name-delete")
-    alice.sees_no("Groceries", "#lists")
+    delete_groceries(bob, alice)
     alice.page.click("#name-form [type=submit]")
     alice.sees("This list is no longer here", "#name-error")
     alice.page.click("#name-delete")
     alice.sees("This list is no longer here", "#toast")
     alice.sees("Presents", "#lists")
-    # Nor does what was typed for it get onto another list.
     bob.page.click("#toast button")
     alice.page.click("#lists button:has-text('Groceries')")
     alice.page.fill("#add-text", "Bread")
-    bob.page.click("#edit-list")
-    bob.page.click("#name-delete")
-    alice.sees_no("Groceries", "#lists")
+    delete_groceries(bob, alice)
     alice.page.press("#add-text", "Enter")
     alice.sees("This list is no longer here", "#toast")
     alice.sees("Nothing to buy", "#list")

@@ -221,6 +221,23 @@ def test_people_connect_however_late_an_answer_comes(tmp_path: Path) -> None:
         )
 
 
+# What Alice's list of contacts says of Bob, once they have paired.
+CONTACT = {
+    "event": "contact",
+    "contact": "Bob",
+    "state": "paired",
+    "why": None,
+    "verified": False,
+    "differs": False,
+    "renewing": False,
+    "moving": False,
+    "key_news": None,
+    "opened_twice": False,
+    "refused": {},
+    "routine": {},
+}
+
+
 @pytest.mark.slow
 def test_people_are_connected_and_chat(people: People) -> None:
     """Both run, lines go both ways, and Ctrl-C leaves nothing."""
@@ -241,22 +258,7 @@ def test_people_are_connected_and_chat(people: People) -> None:
     verify, contacts = people.run("Alice", "verify", "Bob"), people.run("Alice", "contacts")
     assert [verify.end(), contacts.end()] == [0, 0]
     assert verify.wait_for("compare")["emoji"][0].keys() == {"emoji", "name"}
-    assert contacts.events == [
-        {
-            "event": "contact",
-            "contact": "Bob",
-            "state": "paired",
-            "why": None,
-            "verified": False,
-            "differs": False,
-            "renewing": False,
-            "moving": False,
-            "key_news": None,
-            "opened_twice": False,
-            "refused": {},
-            "routine": {},
-        }
-    ]
+    assert contacts.events == [CONTACT]
     marking = people.run("Alice", "verify", "Bob", "--same")
     assert (marking.end(), "end it first" in marking.wait_for("error")["error"]) == (1, True)
     assert alice.end(signal.SIGINT) == 130
