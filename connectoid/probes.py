@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import importlib
 import ipaddress
 import json
@@ -21,15 +22,19 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from connectoid.clock import boot_time_s
+from connectoid.datagrams import MAX_DATAGRAM_BYTES
 from connectoid.encoding import encode_base64url
 from connectoid.errors import ConnectoidError, UsageError
 from connectoid.ice import PORTS
+from connectoid.lookups import Lookups
 from connectoid.networks import is_public
 from connectoid.relay_client import RelayClient
 
 # For one server to answer over UDP, with three retransmissions in it.
 DATAGRAM_S = 4.0
 RETRY_S = 0.5
+# For the address of a name. The system would ask silent name servers for half a minute.
+LOOK_UP_S = 10.0
 # For a TURN server to give a relayed address: a connection, two requests and the retransmissions.
 TURN_S = 10.0
 # Of local addresses that are probed. A machine with containers has dozens.
@@ -149,6 +154,8 @@ class Asker(asyncio.DatagramProtocol):
 
     def datagram_received(self, octets: bytes, _address: Any) -> None:
         """Take a reply to a request, and nothing else."""
+        if len(octets) > MAX_DATAGRAM_BYTES:
+            return
         for token, future in self._waiting.items():
             if token in octets and not future.done():
                 future.set_result(octets)
@@ -188,8 +195,12 @@ async def datagrams(
 
 async def look_up(host: str, port: int) -> list[Address]:
     """Return the addresses of a server; raise OSError."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)
+    looking_up = Lookups().look_up(
+        None, host.strip("[]"), port, socket.AF_UNSPEC, socket.SOCK_DGRAM)
+    try:
+        found = await asyncio.wait_for(looking_up, LOOK_UP_S)
+    except TimeoutError:
+        raise OSError(errno.ETIMEDOUT, "no name server answers") from None
     addresses = dict.fromkeys((str(info[4][0]), port) for info in found)
     return list(addresses)[:MAX_SERVER_ADDRESSES]
 

@@ -209,7 +209,8 @@ class Examination:
             try:
                 servers += await probes.look_up(host, port)
             except OSError as error:
-                self._tell(Finding(BAD, f"STUN {host}", f"the name is not found: {error.strerror}"))
+                words = f"the name is not found: {error.strerror or error}"
+                self._tell(Finding(BAD, f"STUN {host}", words))
         local = probes.local_addresses()
         outside = probes.outside(servers, local)
         found = await asyncio.gather(*(probes.probe_stun(one, outside) for one in local))

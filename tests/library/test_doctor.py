@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,6 +33,8 @@ from connectoid.cli.doctor import (
     read_server,
 )
 from connectoid.clock import system_now
+from connectoid.datagrams import MAX_DATAGRAM_BYTES
+from connectoid.lookups import Lookups
 
 HOME = "192.168.1.5"
 A = ("198.51.100.1", 3478)
@@ -190,6 +193,36 @@ def test_doctor_tells_what_a_relay_says_of_a_key(capsys: pytest.CaptureFixture[s
     assert "Denied" in words
     assert "\x1b" not in words
     assert "wrong" not in json.dumps(told)
+
+
+# Nothing comes of it, however long one waits.
+SILENT_S = 2.0
+
+
+@pytest.mark.parametrize("more", [-4, 0, 4])
+def test_doctor_reads_no_long_datagrams(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """aioice would take seconds for one of 64 KiB."""
+    monkeypatch.setattr(probes, "DATAGRAM_S", SILENT_S)
+
+    def fill(request: aioice.stun.Message) -> bytes:
+        octets = saying(("192.0.2.1", 9))(request)
+        assert octets is not None
+        padding = MAX_DATAGRAM_BYTES + more - len(octets)
+        octets += struct.pack("!HH", 0x8022, padding - 4) + bytes(padding - 4)
+        return octets[:2] + struct.pack("!H", len(octets) - 20) + octets[4:]
+
+    with answering(fill) as server:
+        mapped = asyncio.run(probes.probe_stun("127.0.0.1", [server]))
+    assert [*mapped.seen.values()] == [("192.0.2.1", 9) if more <= 0 else None]
+
+
+def test_doctor_waits_for_no_silent_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(probes, "LOOK_UP_S", SILENT_S)
+    monkeypatch.setattr(probes, "Lookups", lambda: Lookups(lambda *_: [over.wait()]))
+    with pytest.raises(OSError, match="no name server answers"):
+        asyncio.run(probes.look_up("relay.example.com", 443))
+    over.set()
 
 
 def test_doctor_tells_a_wrong_turn_server_from_a_silent_one() -> None:
