@@ -61,7 +61,7 @@ class FakeProtocol:
         """Note the answer to a check."""
         self.answered.append(address)
 
-    async def request(self, _request: Any, address: tuple[str, int], **_how: Any) -> Any:
+    async def request(self, request: Any, address: tuple[str, int], **_how: Any) -> Any:
         """Note a check of Alice's; it fails, as one does without an answer."""
         self.asked.append(address)
         raise stun.TransactionTimeout

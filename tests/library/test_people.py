@@ -222,7 +222,7 @@ def test_people_connect_however_late_an_answer_comes(tmp_path: Path) -> None:
 
 
 # What Alice's list of contacts says of Bob, once they have paired.
-CONTACT = {
+CONTACT: dict[str, Any] = {
     "event": "contact",
     "contact": "Bob",
     "state": "paired",
