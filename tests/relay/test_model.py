@@ -9,4 +9,4 @@ from test_relay import live
 
 @pytest.mark.slow
 def test_relay_replies_as_the_model_does_in_long_lives() -> None:
-    live(examples=300, steps=50)
+    live(examples=200, steps=50)
