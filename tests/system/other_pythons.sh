@@ -8,7 +8,7 @@
 # the next time.
 #
 # `--make SUITE PYTHON FOLDER` stops before the tests. `--few SUITE PYTHON FOLDER` then runs those
-# in which Pythons differ, and the pairing. .ci/run does the first while other tests run.
+# in which Pythons differ, and the pairing. .ci/run does both while other tests run.
 # The exit status is 77 where no Debian can be made.
 set -eu
 umask 022
